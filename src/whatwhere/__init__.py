@@ -1,0 +1,65 @@
+"""whatwhere: position encodings that keep what a token is apart from where it stands.
+
+>>> import torch, whatwhere as ww
+>>> encoding = ww.PoPE(head_dim=64, num_heads=8)
+>>> q = k = v = torch.randn(2, 8, 16, 64)
+>>> ww.attention(q, k, v, encoding(), causal=True).shape
+torch.Size([2, 8, 16, 64])
+"""
+
+from whatwhere.attention import (
+    BACKENDS,
+    Explanation,
+    attention,
+    cache_form,
+    encode_keys,
+    encode_queries,
+    explain,
+    grid,
+    scores,
+    table_bytes,
+)
+from whatwhere.encodings import (
+    ENCODINGS,
+    ALiBi,
+    Encoding,
+    Learned,
+    NoPE,
+    PoPE,
+    PoPEID,
+    RoPE,
+    RoPEID,
+    Sinusoidal,
+    YaRN,
+    make,
+)
+from whatwhere.spec import ScoreSpec, UnsupportedError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "ENCODINGS",
+    "ALiBi",
+    "Encoding",
+    "Explanation",
+    "Learned",
+    "NoPE",
+    "PoPE",
+    "PoPEID",
+    "RoPE",
+    "RoPEID",
+    "ScoreSpec",
+    "Sinusoidal",
+    "UnsupportedError",
+    "YaRN",
+    "attention",
+    "cache_form",
+    "encode_keys",
+    "encode_queries",
+    "explain",
+    "grid",
+    "make",
+    "scores",
+    "table_bytes",
+]

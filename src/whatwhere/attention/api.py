@@ -1,0 +1,242 @@
+"""`attention`, `scores`, `explain` and what goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from whatwhere.attention import flex, reference, sdpa
+from whatwhere.attention.angles import rotation_table
+from whatwhere.attention.call import Backend, Call, prepare
+from whatwhere.spec import ScoreSpec, UnsupportedError
+
+BACKENDS: dict[str, Backend] = {
+    "reference": reference.BACKEND,
+    "sdpa": sdpa.BACKEND,
+    "flex": flex.BACKEND,
+}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: ScoreSpec,
+    *,
+    causal: bool = False,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention with the scores that ``spec`` describes.
+
+    ``out[t] = sum_s softmax_s(score(t, s)) v[s]`` over the keys that ``t`` sees.
+
+    Args:
+        q: ``(B, H, T, D)`` queries, floating point.
+        k: ``(B, G, S, D)`` keys; ``H`` is a multiple of ``G``, and query heads ``i H/G`` to
+            ``(i + 1) H/G - 1`` share key head ``i``, as in transformers.
+        v: ``(B, G, S, V)`` values.
+        spec: What an encoding returns when it is called.
+        causal: Whether a query sees a key only if ``key_position <= query_position``.
+        query_positions: ``(T,)`` or ``(B, T)`` integers, by default the last T of 0..S-1. With
+            several position axes a last axis of size A is added, and there is no default.
+        key_positions: ``(S,)`` or ``(B, S)`` integers, by default 0..S-1; axes likewise.
+        key_mask: ``(B, S)`` bool, True where a key may be attended to.
+        segments: ``(B, S)`` integers, the document of each key; queries belong to the last T.
+            Documents do not see one another.
+        window: A query sees this many positions at most, its own included. Causal only.
+        backend: A name in `BACKENDS`, or ``"auto"`` for the fastest that takes the call.
+
+    Returns:
+        ``(B, H, T, V)`` in the dtype of ``q``. A query that sees no key gets zeros.
+
+    Raises:
+        ValueError: If arguments do not fit one another, or the backend is unknown.
+        UnsupportedError: If the backend named cannot compute this call.
+    """
+    call = prepare(
+        q, k, v, spec, causal, query_positions, key_positions, key_mask, segments, window
+    )
+    return BACKENDS[_choose(call, backend)[0]].run(call)
+
+
+def scores(
+    q: Tensor,
+    k: Tensor,
+    spec: ScoreSpec,
+    *,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> Tensor:
+    """Scaled scores before mask and softmax, by the reference backend.
+
+    Args:
+        q: ``(B, H, T, D)``.
+        k: ``(B, G, S, D)``.
+        spec: What an encoding returns when it is called.
+        query_positions: As for `attention`.
+        key_positions: As for `attention`.
+
+    Returns:
+        ``(B, H, T, S)``, float64 for float64 input, else float32.
+
+    Raises:
+        ValueError: If arguments do not fit one another.
+    """
+    return reference.scores(
+        prepare(q, k, k, spec, False, query_positions, key_positions, None, None, None)
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend `attention` would take for a call, and why.
+
+    Attributes:
+        backend: Its name.
+        reason: Why it is the one.
+        refused: Why each of the others cannot take the call, for those that cannot.
+        cache_form: Which form of keys a cache should keep here (`cache_form`).
+        cache_numbers: Numbers a cache keeps per token and key head, keys and values.
+    """
+
+    backend: str
+    reason: str
+    refused: dict[str, str]
+    cache_form: Literal["encoded", "raw"]
+    cache_numbers: int
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.backend}: {self.reason}"]
+        lines += [f"not {name}: {why}" for name, why in self.refused.items()]
+        lines.append(
+            f"cache {self.cache_form} keys: {self.cache_numbers} numbers per token and key head"
+        )
+        return "\n".join(lines)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: ScoreSpec,
+    *,
+    causal: bool = False,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> Explanation:
+    """Say which backend `attention` takes for these arguments, and why. Computes nothing.
+
+    Raises:
+        ValueError: As `attention`.
+        UnsupportedError: As `attention`.
+    """
+    call = prepare(
+        q, k, v, spec, causal, query_positions, key_positions, key_mask, segments, window
+    )
+    name, reason = _choose(call, backend)
+    refused = {
+        other: why
+        for other, entry in BACKENDS.items()
+        if other != name and (why := entry.refuses(call)) is not None
+    }
+    form = cache_form(spec, q.device)
+    width = q.shape[-1] if form == "raw" else spec.feature_dim(q.shape[-1])
+    return Explanation(name, reason, refused, form, width + v.shape[-1])
+
+
+def cache_form(
+    spec: ScoreSpec, device: torch.device | str | None = None
+) -> Literal["encoded", "raw"]:
+    """Which form of keys a cache should keep for decoding on a device.
+
+    ``"encoded"`` keys are features (`encode_keys`), computed once per token, up to ``2 D``
+    numbers for polar scores. ``"raw"`` keys are ``D`` numbers, and pay only where a backend
+    applies the rotation while it reads them: elsewhere every step would encode the whole cache
+    anew.
+    """
+    target = torch.device("cpu" if device is None else device)
+    raw = any(entry.reads_raw_keys(spec, target) for entry in BACKENDS.values())
+    return "raw" if raw else "encoded"
+
+
+def table_bytes(encoding: ScoreSpec | Callable[[], ScoreSpec], length: int) -> int:
+    """Bytes of the cos and sin tables that attention over ``length`` positions makes.
+
+    Read off the tensors that `attention` allocates, float32, here on PyTorch's ``meta`` device.
+    Channels that do not turn need none; 0 where nothing turns.
+
+    Args:
+        encoding: An encoding, or the spec it returns.
+        length: Positions.
+
+    Raises:
+        ValueError: If ``length`` is negative.
+    """
+    if length < 0:
+        raise ValueError(f"length={length}: expected at least 0")
+    spec = encoding if isinstance(encoding, ScoreSpec) else encoding()
+    if spec.inv_freq is None:
+        return 0
+    inv_freq = spec.inv_freq[:, : spec.num_turning].to("meta")
+    positions = torch.empty(length, spec.num_axes, dtype=torch.int64, device="meta")
+    return sum(table.nbytes for table in rotation_table(inv_freq, positions))
+
+
+def grid(*sizes: int, device: torch.device | str | None = None) -> Tensor:
+    """Positions of a grid in row-major order, e.g. of the patches of an image or a video.
+
+    ``grid(height, width)`` is ``(height * width, 2)`` int64, ``grid(frames, height, width)``
+    has three columns.
+
+    Raises:
+        ValueError: If no size is given or one is not positive.
+    """
+    if not sizes or any(n < 1 for n in sizes):
+        raise ValueError(f"sizes={sizes}: expected one positive integer per axis")
+    axes = [torch.arange(n, device=device) for n in sizes]
+    return torch.cartesian_prod(*axes).reshape(-1, len(sizes))
+
+
+def _choose(call: Call, backend: str) -> tuple[str, str]:
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(BACKENDS)}"
+            )
+        why = BACKENDS[backend].refuses(call)
+        if why is not None:
+            able = [name for name, entry in BACKENDS.items() if entry.refuses(call) is None]
+            raise UnsupportedError(
+                f"backend {backend!r} cannot compute this call: {why} (can: {', '.join(able)})"
+            )
+        return backend, "named in the call"
+    sparse = call.key_segments is not None or call.window is not None
+    biased = call.spec.slopes is not None
+    if call.q.device.type == "cuda" and (sparse or biased) and flex.refuses(call) is None:
+        return "flex", "documents, windows and slopes need no dense mask there"
+    return "sdpa", "PyTorch's fused kernel over widened features"
+
+
+__all__ = [
+    "BACKENDS",
+    "Explanation",
+    "attention",
+    "cache_form",
+    "explain",
+    "grid",
+    "scores",
+    "table_bytes",
+]

@@ -1,0 +1,164 @@
+"""`Encoding`: the module that owns an encoding's parameters and makes its `ScoreSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from whatwhere.encodings.frequencies import geometric
+from whatwhere.spec import ScoreSpec
+
+
+class Encoding(nn.Module):
+    """Base of every position encoding.
+
+    Calling an encoding returns the `ScoreSpec` that attention computes. Subclasses say which by
+    setting ``frequencies`` and by implementing `forward`.
+
+    Args:
+        head_dim: ``D``, channels of a head.
+        num_heads: ``H``, query heads.
+        temperature_length: Sharpen queries beyond this length (`ScoreSpec`), or ``None``.
+        scale: Factor of every score; ``None`` is ``head_dim ** -0.5``.
+
+    Attributes:
+        absolute: Whether the encoding is a vector added to token embeddings (`embed`).
+        frequencies: ``(A, R)`` nested tuples of radians per position, empty if nothing rotates.
+    """
+
+    absolute: bool = False
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        *,
+        temperature_length: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("head_dim", head_dim), ("num_heads", num_heads)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a positive integer")
+        if temperature_length is not None and temperature_length < 1:
+            raise ValueError(f"temperature_length={temperature_length}: expected at least 1")
+        self.head_dim = head_dim
+        self.num_heads = num_heads
+        self.temperature_length = temperature_length
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.frequencies: tuple[tuple[float, ...], ...] = ()
+        self._inv_freq: dict[torch.device, Tensor] = {}
+
+    def forward(self, device: torch.device | str | None = None) -> ScoreSpec:
+        """The score this encoding stands for.
+
+        Args:
+            device: Where the spec's tensors should lie; ``None`` is where the encoding's
+                parameters lie, or the CPU if it has none.
+        """
+        raise NotImplementedError
+
+    def embed(self, positions: Tensor) -> Tensor | None:
+        """What to add to token embeddings: ``(..., T, width)``, ``None`` if not `absolute`."""
+        return None
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters again, as when the encoding was made."""
+
+    def project_(self) -> None:
+        """Move parameters that an optimiser has put out of bounds back onto the bound."""
+
+    def _device(self, device: torch.device | str | None) -> torch.device:
+        if device is not None:
+            return torch.device(device)
+        parameter = next(self.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def inv_freq(self, device: torch.device | str | None = None) -> Tensor:
+        """``frequencies`` as an ``(A, R)`` float64 tensor.
+
+        Built from Python floats on each device it is asked for, never registered as a buffer:
+        ``.to(bfloat16)`` and ``.half()`` cast buffers, and frequencies must not be cast.
+        """
+        target = self._device(device)
+        if torch.compiler.is_compiling():
+            return torch.tensor(self.frequencies, dtype=torch.float64, device=target)
+        if target not in self._inv_freq:
+            self._inv_freq[target] = torch.tensor(
+                self.frequencies, dtype=torch.float64, device=target
+            )
+        return self._inv_freq[target]
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        turning = len(self.frequencies[0]) if self.frequencies else 0
+        parts = [f"head_dim={self.head_dim}", f"num_heads={self.num_heads}"]
+        parts += [f"frequencies={turning}"] if turning else []
+        if self.temperature_length is not None:
+            parts.append(f"temperature_length={self.temperature_length}")
+        return ", ".join(parts)
+
+
+def check_base(base: float) -> float:
+    """``base`` if frequencies can be made from it.
+
+    Raises:
+        ValueError: If it is not a finite number above 1.
+    """
+    if not 1 < base < float("inf"):
+        raise ValueError(f"base={base}: expected a finite number above 1")
+    return base
+
+
+def rotated_units(head_dim: int, fraction: float, unit: int, nobody: str) -> int:
+    """How many units of ``unit`` channels a fraction of a head has, rounded to the nearest.
+
+    Args:
+        head_dim: ``D``.
+        fraction: Share of the channels, in (0, 1].
+        unit: 2 for pairs (``rotate``), 1 for channels (``polar``).
+        nobody: What to use in place of a fraction that rotates nothing, for the message.
+
+    Raises:
+        ValueError: If the fraction is out of range, rotates no channel, or ``head_dim`` does not
+            divide into units.
+    """
+    if head_dim % unit:
+        raise ValueError(f"head_dim={head_dim}: rotating pairs of channels needs an even number")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction}: expected more than 0 and at most 1; {nobody}")
+    units = round(fraction * head_dim / unit)
+    if units == 0:
+        raise ValueError(
+            f"fraction={fraction} of head_dim={head_dim} rotates no channel: the smallest that "
+            f"does is {unit}/{head_dim} = {unit / head_dim:.4g}; {nobody}"
+        )
+    return units
+
+
+def split_axes(
+    axes: Sequence[int], head_dim: int, unit: int, base: float
+) -> tuple[tuple[float, ...], ...]:
+    """Frequencies ``(A, R)`` where each position axis turns channels of its own.
+
+    Args:
+        axes: Channels for each axis; together at most ``head_dim``.
+        head_dim: ``D``.
+        unit: Channels that share one frequency, 2 for ``rotate`` and 1 for ``polar``.
+        base: Every axis has the geometric frequencies of this base.
+
+    Raises:
+        ValueError: If the axes do not fit the head.
+    """
+    if not axes or any(n < unit or n % unit for n in axes) or sum(axes) > head_dim:
+        raise ValueError(
+            f"axes={tuple(axes)}: expected channels for each position axis, multiples of {unit}, "
+            f"together at most head_dim={head_dim}"
+        )
+    counts = [n // unit for n in axes]
+    return tuple(
+        (0.0,) * sum(counts[:a]) + geometric(count, base) + (0.0,) * sum(counts[a + 1 :])
+        for a, count in enumerate(counts)
+    )

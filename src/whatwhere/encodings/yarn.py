@@ -1,0 +1,73 @@
+"""YaRN: RoPE interpolated to a longer context."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from whatwhere.encodings import frequencies
+from whatwhere.encodings.base import Encoding, check_base, rotated_units
+from whatwhere.spec import ScoreSpec
+
+
+class YaRN(Encoding):
+    """YaRN (arXiv 2309.00071): RoPE with slow frequencies interpolated by ``factor``.
+
+    Both queries and keys are multiplied by ``0.1 ln(factor) + 1``, which is folded into the
+    scale as its square. ``factor=1`` is RoPE.
+
+    Args:
+        head_dim: ``D``, even.
+        num_heads: ``H``.
+        train_length: Original length in tokens, ``L``.
+        factor: ``s``, the new length over the original one, at least 1.
+        base: Base of RoPE's frequencies.
+        beta_fast: Turns within ``L`` above which a frequency is left alone.
+        beta_slow: Turns within ``L`` below which it is interpolated wholly.
+        temperature_length: See `Encoding`.
+        scale: See `Encoding`; the attention factor multiplies it.
+
+    Raises:
+        ValueError: If ``head_dim`` is odd, ``factor`` is below 1, ``train_length`` below 1, or
+            the betas are not positive and in order.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        *,
+        train_length: int,
+        factor: float,
+        base: float = 10000.0,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        temperature_length: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__(head_dim, num_heads, temperature_length=temperature_length, scale=scale)
+        check_base(base)
+        if not 1 <= factor < float("inf"):
+            raise ValueError(f"factor={factor}: expected at least 1, new length over original")
+        if train_length < 1:
+            raise ValueError(f"train_length={train_length}: expected at least 1")
+        if not 0 < beta_slow <= beta_fast:
+            raise ValueError(
+                f"beta_slow={beta_slow}, beta_fast={beta_fast}: expected 0 < slow <= fast"
+            )
+        pairs = rotated_units(head_dim, 1.0, 2, "for no rotation use NoPE")
+        self.factor = factor
+        self.scale *= (0.1 * math.log(factor) + 1) ** 2
+        self.frequencies = (
+            frequencies.yarn(pairs, base, train_length, factor, beta_fast, beta_slow),
+        )
+
+    def forward(self, device: torch.device | str | None = None) -> ScoreSpec:
+        """A ``rotate`` spec."""
+        return ScoreSpec(
+            feature="rotate",
+            scale=self.scale,
+            inv_freq=self.inv_freq(device),
+            temperature_length=self.temperature_length,
+        )
