@@ -1,0 +1,1 @@
+"""Experiments: data, training, evaluation and reports (needs the extra `lab`)."""
