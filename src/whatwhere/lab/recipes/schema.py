@@ -1,0 +1,189 @@
+"""The settings of an experiment, typed: what a recipe holds and a command line may override."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from whatwhere.lab.data.indirect_indexing import IndirectIndexingData
+from whatwhere.lab.data.text import TextData
+
+LABEL = r"^[a-z0-9][a-z0-9.-]*$"
+"""Names that become folders: no separators, no leading dot, so that they stay where they are."""
+
+Label = Annotated[str, Field(pattern=LABEL, max_length=64)]
+Option = bool | int | float | str | None
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EncodingChoice(Settings):
+    """A position encoding by its name in `whatwhere.ENCODINGS`, and its options."""
+
+    name: str
+    options: dict[str, Option | list[Option]] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _read_floats(
+        cls, options: dict[str, Option | list[Option]]
+    ) -> dict[str, Option | list[Option]]:
+        # YAML 1.1 reads 1e4 as a string: it wants a dot in a number with an exponent.
+        return {key: _as_number(value) for key, value in options.items()}
+
+
+class ModelSettings(Settings):
+    """Shape of the decoder; names are those of `whatwhere.models.WhatWhereConfig`."""
+
+    hidden_size: int = Field(128, ge=1, description="width of the residual stream")
+    num_hidden_layers: int = Field(4, ge=1, description="layers")
+    num_attention_heads: int = Field(4, ge=1, description="query heads")
+    num_key_value_heads: int | None = Field(
+        None, ge=1, description="key and value heads; None is as many as query heads"
+    )
+    head_dim: int | None = Field(
+        None, ge=1, description="channels of a head; None is hidden size / query heads"
+    )
+    intermediate_size: int | None = Field(
+        None, ge=1, description="width inside the MLP; None is 4 (gelu) or 8/3 (swiglu) times"
+    )
+    mlp: Literal["gelu", "swiglu"] = Field("gelu", description="kind of MLP")
+    tie_word_embeddings: bool = Field(True, description="one matrix for input and output tokens")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+    qk_norm: bool = Field(False, description="RMS-normalise queries and keys of each head")
+    rms_norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
+    initializer_range: float = Field(0.02, gt=0, description="deviation of initial weights")
+    sliding_window: int | None = Field(
+        None, ge=1, description="tokens each query sees; None is all before it"
+    )
+    attention_backend: str = Field("auto", description="a name in whatwhere.BACKENDS, or auto")
+
+
+class TrainingSettings(Settings):
+    """How a model is trained: AdamW, linear warm-up, cosine to a minimum rate."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=1, description="sequences a step, over all devices")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="parts a step's batch is computed in, to save memory"
+    )
+    learning_rate: float = Field(2e-3, gt=0, description="highest learning rate")
+    min_learning_rate: float = Field(2e-4, ge=0, description="learning rate of the last step")
+    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(
+        0.01, ge=0, description="decoupled weight decay of matrices (never of delta or norms)"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's beta2")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    precision: Literal["auto", "no", "bf16"] = Field(
+        "auto", description="autocast: auto is bf16 on a GPU and no (float32) elsewhere"
+    )
+    compile: Literal["no", "default", "reduce-overhead"] = Field(
+        "no", description="torch.compile and its mode; reduce-overhead uses CUDA graphs"
+    )
+    deterministic: bool = Field(
+        True, description="deterministic GPU kernels, which exact resumption needs"
+    )
+    log_every: int = Field(10, ge=1, description="steps between rows of log.jsonl")
+    validate_every: int = Field(200, ge=1, description="steps between validation losses")
+    validation_sequences: int = Field(256, ge=1, description="sequences of a validation loss")
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSettings:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size={self.batch_size} is no multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate} exceeds "
+                f"learning_rate={self.learning_rate}"
+            )
+        return self
+
+
+class FinetuneSettings(Settings):
+    """Fine-tuning of a RoPE run as YaRN at a longer length (arXiv 2509.10534: 500 steps)."""
+
+    factor: int = Field(4, ge=1, description="new length over training length")
+    steps: int = Field(500, ge=1, description="optimizer steps")
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
+    learning_rate: float = Field(6e-5, gt=0, description="constant learning rate")
+    batch_size: int = Field(64, ge=1, description="sequences a step")
+
+
+class EvaluationSettings(Settings):
+    """What is measured once a model is trained."""
+
+    lengths: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (), description="lengths in tokens at which the loss on text is measured"
+    )
+    tokens: int = Field(
+        65536, ge=1, description="tokens of text the loss at each length is measured on"
+    )
+    examples: int | None = Field(
+        None, ge=1, description="sequences of a final validation or test loss; None is all"
+    )
+    yarn: Literal["evaluate", "finetune"] = Field(
+        "evaluate",
+        description="yarn is the rope run: evaluated with factor = length / training length, "
+        "or fine-tuned with one factor",
+    )
+    finetune: FinetuneSettings = FinetuneSettings()
+
+
+class PaperFigure(Settings):
+    """A result that a paper prints, in the unit of `results.csv`."""
+
+    value: float
+    spread: float | None = None
+    source: str
+
+
+Data = Annotated[TextData | IndirectIndexingData, Field(discriminator="task")]
+
+
+class Recipe(Settings):
+    """An experiment: models that differ in their position encoding and in nothing else."""
+
+    name: Annotated[Label, tyro.conf.Suppress]
+    description: Annotated[str, tyro.conf.Suppress] = ""
+    data: Data
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    encodings: Annotated[dict[Label, EncodingChoice], tyro.conf.Suppress]
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
+        (0,), description="one run of each encoding for each"
+    )
+    paper: Annotated[dict[Label, dict[str, PaperFigure]], tyro.conf.Suppress] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if not self.encodings or not self.seeds:
+            raise ValueError("a recipe needs at least one encoding and one seed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds repeat: {' '.join(map(str, self.seeds))}")
+        if isinstance(self.data, IndirectIndexingData) and self.evaluation.lengths:
+            raise ValueError("evaluation.lengths: only a text task has other lengths")
+        return self
+
+
+def _as_number(value: Option | list[Option]) -> Option | list[Option]:
+    if not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return number if math.isfinite(number) else value
