@@ -23,6 +23,10 @@ from whatwhere.attention.features import encode_keys, encode_queries
 # Below this many scores a CPU call is over before a compiler would have started.
 _FUSE_ON_CPU = 2**26
 
+# Every kind of mask, width and presence of slopes is a program of its own; PyTorch's limit of 8
+# would send the ninth to the unfused path without a word.
+_PROGRAMS = 64
+
 
 def refuses(call: Call) -> str | None:
     """What FlexAttention does not do."""
@@ -39,7 +43,7 @@ def run(call: Call) -> Tensor:
     """Encode, then FlexAttention with a block mask."""
     queries = encode_queries(call.q, call.spec, call.query_positions)
     keys = encode_keys(call.k, call.spec, call.key_positions)
-    attend, make_mask = _operators(fused=_fused(call))
+    attend, make_mask = _operators(_fused(call), call.q.device.type)
     mask = None
     if call.masked:
         sizes = (call.q.shape[0], None, call.q.shape[2], call.k.shape[2])
@@ -108,19 +112,31 @@ def _has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
 
 
-def _operators(fused: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _operators(fused: bool, device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not fused or torch.compiler.is_compiling():
         return flex_attention, create_block_mask
-    return _compiled()
+    return _compiled(device)
 
 
 @cache
-def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _compiled(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+    # On a CPU, PyTorch 2.13 writes C++ that does not compile for lengths it holds as symbols.
+    dynamic = False if device == "cpu" else None
+    return _compile(flex_attention, dynamic), _compile(create_block_mask, dynamic)
+
+
+def _compile(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    compiled = torch.compile(function, dynamic=dynamic)
+
+    def run_compiled(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_PROGRAMS):
+            return compiled(*args, **kwargs)
+
+    return run_compiled
 
 
 BACKEND = Backend(run=run, refuses=refuses)
