@@ -50,9 +50,7 @@ class Task(ABC):
     accuracy: ClassVar[bool] = False
 
     @abstractmethod
-    def train_batch(
-        self, seed: int, step: int, batch_size: int, device: Device = "cpu"
-    ) -> Batch:
+    def train_batch(self, seed: int, step: int, batch_size: int, device: Device = "cpu") -> Batch:
         """Return the training batch of a step.
 
         A pure function of its arguments and the data: nothing is remembered from call to call,

@@ -38,16 +38,18 @@ class IndirectIndexingData(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: Literal["indirect-indexing"] = "indirect-indexing"
-    min_length: int = Field(20, ge=2, description="shortest source string, in letters")
-    max_length: int = Field(40, ge=2, description="longest source string, in letters")
-    max_shift: int = Field(15, ge=1, description="largest shift to either side")
+    min_length: int = Field(default=20, ge=2, description="shortest source string, in letters")
+    max_length: int = Field(default=40, ge=2, description="longest source string, in letters")
+    max_shift: int = Field(default=15, ge=1, description="largest shift to either side")
     alphabet_size: int = Field(
-        52, ge=2, le=len(LETTERS), description="letters in use: the first of A-Z a-z"
+        default=52, ge=2, le=len(LETTERS), description="letters in use: the first of A-Z a-z"
     )
-    train_examples: int = Field(1_000_000, ge=1, description="training examples")
-    validation_examples: int = Field(10_000, ge=1, description="validation examples")
-    test_examples: int = Field(10_000, ge=1, description="test examples")
-    data_seed: int = Field(0, ge=0, lt=2**63, description="seed of the examples themselves")
+    train_examples: int = Field(default=1_000_000, ge=1, description="training examples")
+    validation_examples: int = Field(default=10_000, ge=1, description="validation examples")
+    test_examples: int = Field(default=10_000, ge=1, description="test examples")
+    data_seed: int = Field(
+        default=0, ge=0, lt=2**63, description="seed of the examples themselves"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> IndirectIndexingData:
@@ -111,9 +113,7 @@ class IndirectIndexingTask(Task):
             "test": data.test_examples,
         }
 
-    def train_batch(
-        self, seed: int, step: int, batch_size: int, device: Device = "cpu"
-    ) -> Batch:
+    def train_batch(self, seed: int, step: int, batch_size: int, device: Device = "cpu") -> Batch:
         """Return the batch of a step: each epoch goes once through all training examples.
 
         The order of an epoch is a permutation drawn from (seed, epoch); step `n` takes places
