@@ -1,0 +1,25 @@
+"""Decoders with any position encoding, native to transformers.
+
+Importing this package registers them with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`
+under the model type ``"whatwhere"``.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from whatwhere.models.cache import LayerCache
+from whatwhere.models.configuration import WhatWhereConfig
+from whatwhere.models.modeling import WhatWhereForCausalLM, WhatWhereModel
+from whatwhere.models.presets import PRESETS, preset
+
+AutoConfig.register(WhatWhereConfig.model_type, WhatWhereConfig, exist_ok=True)
+AutoModel.register(WhatWhereConfig, WhatWhereModel, exist_ok=True)
+AutoModelForCausalLM.register(WhatWhereConfig, WhatWhereForCausalLM, exist_ok=True)
+
+__all__ = [
+    "PRESETS",
+    "LayerCache",
+    "WhatWhereConfig",
+    "WhatWhereForCausalLM",
+    "WhatWhereModel",
+    "preset",
+]

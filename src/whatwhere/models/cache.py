@@ -1,0 +1,86 @@
+"""Which form of keys a layer's cache keeps, and what that costs.
+
+The containers are transformers' own (`DynamicCache`, `StaticCache`, ...), so that beam search,
+cropping and offloading work as for any model. What is put into them is decided here:
+
+- ``"encoded"``: features made once per token at its position. A decoding step encodes only the
+  new token, but polar features are up to ``2 D`` numbers wide.
+- ``"raw"``: the ``D`` channels of a key as they come from the projection. Every step encodes all
+  of them again at positions counted from the attention mask, which pays only in a kernel that
+  encodes while it reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from whatwhere.attention import cache_form
+from whatwhere.models.configuration import WhatWhereConfig
+from whatwhere.spec import ScoreSpec
+
+Form = Literal["encoded", "raw"]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer's cache keeps.
+
+    Attributes:
+        layer: Its index.
+        encoding: Name of its position encoding.
+        form: ``"encoded"`` or ``"raw"`` keys.
+        numbers_per_token: Keys and values of all heads together.
+        reason: Why this form.
+    """
+
+    layer: int
+    encoding: str
+    form: Form
+    numbers_per_token: int
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"layer {self.layer} ({self.encoding}): {self.form} keys, "
+            f"{self.numbers_per_token} numbers per token; {self.reason}"
+        )
+
+
+def choose_form(
+    config: WhatWhereConfig, spec: ScoreSpec, device: torch.device
+) -> tuple[Form, str]:
+    """The form of keys that a layer's cache keeps on a device, and why.
+
+    Args:
+        config: ``cache_form`` decides unless it is ``"auto"``.
+        spec: The layer's score.
+        device: Where decoding takes place.
+    """
+    if config.cache_form == "encoded":
+        return "encoded", "cache_form='encoded' in the config"
+    if config.cache_form == "raw":
+        return "raw", "cache_form='raw' in the config"
+    if spec.feature == "identity":
+        return "encoded", "this encoding leaves keys as they are, both forms are the same"
+    form = cache_form(spec, device)
+    if form == "raw":
+        return form, f"a backend on {device.type} rotates keys while it reads them"
+    return form, f"no backend on {device.type} rotates keys while it reads them"
+
+
+def report_layer(
+    config: WhatWhereConfig, layer: int, spec: ScoreSpec, device: torch.device
+) -> LayerCache:
+    """What the cache of one layer keeps on a device."""
+    form, reason = choose_form(config, spec, device)
+    width = spec.feature_dim(config.head_dim) if form == "encoded" else config.head_dim
+    return LayerCache(
+        layer=layer,
+        encoding=config.layer_encodings[layer][0],
+        form=form,
+        numbers_per_token=config.num_key_value_heads * (width + config.head_dim),
+        reason=reason,
+    )

@@ -1,0 +1,426 @@
+"""The decoder: `WhatWhereModel` and, with a language-modelling head, `WhatWhereForCausalLM`.
+
+Pre-norm blocks, RMSNorm, no biases. Attention is `whatwhere.attention` in every layer; none of
+transformers' attention interfaces is used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from whatwhere.attention import attention, encode_keys, encode_queries
+from whatwhere.encodings import Encoding
+from whatwhere.models.cache import LayerCache, choose_form, report_layer
+from whatwhere.models.configuration import WhatWhereConfig
+from whatwhere.models.layer_encodings import (
+    make_absolute_encoding,
+    make_layer_encoding,
+    own_randomness,
+    swap_encodings,
+)
+from whatwhere.models.layout import Layout, lay_out
+
+
+class ResidualLinear(nn.Linear):
+    """A projection into the residual stream, which starts smaller: by ``1 / sqrt(2 L)``."""
+
+
+class WhatWhereAttention(nn.Module):
+    """Causal attention of one layer, with the layer's position encoding.
+
+    Args:
+        config: The model's shape.
+        layer: Index of the layer, also in caches.
+    """
+
+    def __init__(self, config: WhatWhereConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.head_dim: int = config.head_dim
+        width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+        shared = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, heads, bias=False)
+        self.k_proj = nn.Linear(width, shared, bias=False)
+        self.v_proj = nn.Linear(width, shared, bias=False)
+        self.o_proj = ResidualLinear(heads, width, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.encoding = make_layer_encoding(config, layer)
+
+    def forward(self, hidden: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """``(B, T, hidden_size)`` to the same."""
+        split = (*hidden.shape[:2], -1, self.head_dim)
+        q = self.q_proj(hidden).view(split)
+        k = self.k_proj(hidden).view(split)
+        v = self.v_proj(hidden).view(split).transpose(1, 2)
+        if self.config.qk_norm:
+            # Autocast runs the norm in float32; attention wants one dtype.
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        out = self._attend(q.transpose(1, 2), k.transpose(1, 2), v, layout, cache)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: Cache | None
+    ) -> Tensor:
+        spec = self.encoding(q.device)
+        query_positions, key_positions = layout.at(spec)
+        if cache is not None:
+            if choose_form(self.config, spec, q.device)[0] == "encoded":
+                q = encode_queries(q, spec, layout.positions)
+                k = encode_keys(k, spec, layout.positions)
+                spec = spec.encoded()
+            keys, values = cache.update(k, v, self.layer)
+            if not layout.fresh:
+                k, v = keys, values
+        return attention(
+            q,
+            k,
+            v,
+            spec,
+            causal=True,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            key_mask=layout.key_mask,
+            segments=layout.segments,
+            window=self.config.sliding_window,
+            backend=self.config.attention_backend,
+        )
+
+
+class WhatWhereMLP(nn.Module):
+    """``down(gelu(up(x)))``, or SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: WhatWhereConfig) -> None:
+        super().__init__()
+        width, inside = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inside, bias=False) if config.mlp == "swiglu" else None
+        self.up_proj = nn.Linear(width, inside, bias=False)
+        self.down_proj = ResidualLinear(inside, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(B, T, hidden_size)`` to the same."""
+        up = self.up_proj(hidden)
+        inner = F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(hidden)) * up
+        return self.down_proj(inner)
+
+
+class WhatWhereBlock(GradientCheckpointingLayer):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, with dropout on what is added."""
+
+    def __init__(self, config: WhatWhereConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = WhatWhereAttention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = WhatWhereMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, past_key_values: Cache | None = None
+    ) -> Tensor:
+        """``(B, T, hidden_size)`` to the same."""
+        mixed = self.self_attn(self.input_layernorm(hidden), layout, past_key_values)
+        hidden = hidden + self.dropout(mixed)
+        return hidden + self.dropout(self.mlp(self.post_attention_layernorm(hidden)))
+
+
+class WhatWherePreTrainedModel(PreTrainedModel):
+    """What both models share: initialisation and loading."""
+
+    config_class = WhatWhereConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["WhatWhereBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers calls this for each module that still has uninitialised parameters, with
+        # torch.nn.init guarded so that loaded ones are left alone: `reset_parameters` goes
+        # through it.
+        if isinstance(module, Encoding):
+            with own_randomness():
+                module.reset_parameters()
+        elif isinstance(module, ResidualLinear):
+            depth = 2 * self.config.num_hidden_layers
+            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(depth))
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, except that weights of a wrong shape are a `ValueError`.
+
+        Raises:
+            ValueError: If a weight's shape is not the one the config asks for, unless
+                ``ignore_mismatched_sizes=True``.
+        """
+        tolerant = kwargs.pop("ignore_mismatched_sizes", False)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+        wrong = sorted(info["mismatched_keys"])
+        if wrong and not tolerant:
+            name, got, expected = wrong[0]
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise ValueError(
+                f"{name} has shape {tuple(got)} in the checkpoint: expected {tuple(expected)}, "
+                f"which is what its config asks for{more}"
+            )
+        return (model, info) if wants_info else model
+
+
+class WhatWhereModel(WhatWherePreTrainedModel):
+    """The decoder without a head: tokens to hidden states.
+
+    Args:
+        config: Shape and position encodings.
+    """
+
+    def __init__(self, config: WhatWhereConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.absolute = make_absolute_encoding(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            WhatWhereBlock(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the new tokens.
+
+        Args:
+            input_ids: ``(B, T)`` token ids.
+            attention_mask: ``(B, S)``, 1 for tokens and 0 for padding, left or right; S counts
+                cached tokens.
+            position_ids: ``(B, T)``, increasing; by default tokens are counted without padding.
+                Without a mask and a cache, positions that fall back start a new document (as
+                `DataCollatorWithFlattening` of transformers makes them). Encoded caches keep
+                keys at these positions; raw ones count from the mask.
+            past_key_values: Cache of transformers. It is added to.
+            inputs_embeds: ``(B, T, hidden_size)`` in place of ``input_ids``.
+            use_cache: Whether to make a cache if none is given; by default not, so that
+                training and evaluation pay for none. ``generate`` asks for it.
+            segment_ids: ``(B, T)`` integers, the document of each token of a packed batch.
+                Documents do not see one another, and positions start anew in each.
+            output_hidden_states: Whether to return the embeddings and every layer's output.
+            **kwargs: Ignored, except ``output_attentions``, which is refused.
+
+        Raises:
+            ValueError: If arguments do not fit one another.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions=True: fused kernels keep no weights; whatwhere.scores gives "
+                "the scores of one layer"
+            )
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = self._cache(past_key_values, use_cache)
+        layout = lay_out(
+            *hidden.shape[:2],
+            hidden.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            past_key_values=past_key_values,
+        )
+        if self.absolute is not None:
+            hidden = hidden + self.absolute.embed(layout.positions).to(hidden.dtype)
+        hidden = self.dropout(hidden)
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, layout, past_key_values=past_key_values)
+            states.append(hidden)
+        hidden = self.norm(hidden)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+        )
+
+    def set_position_encoding(self, name: str, **options: Any) -> None:
+        """Give every layer another position encoding, in place, and the config with it.
+
+        For evaluating trained weights under other scores, e.g. RoPE's as YaRN
+        (``set_position_encoding("yarn", factor=4.0)``). The new encoding takes over the
+        parameters of the old one, and must have the same. Options not given keep their present
+        value where the new encoding has one of that name (``base``, say), else its default.
+
+        Args:
+            name: A name in `whatwhere.ENCODINGS`.
+            **options: Its options.
+
+        Raises:
+            ValueError: If the name or an option is unknown, or parameters would be lost or be
+                missing. The model is then left as it was.
+        """
+        swap_encodings(self, name, options)
+
+    def cache_report(self, device: torch.device | str | None = None) -> list[LayerCache]:
+        """What each layer keeps in a cache: form of its keys, numbers per token, and why.
+
+        Args:
+            device: Where decoding takes place; by default where the model lies.
+        """
+        target = self.device if device is None else torch.device(device)
+        return [
+            report_layer(self.config, index, layer.self_attn.encoding(self.device), target)
+            for index, layer in enumerate(self.layers)
+        ]
+
+    def _cache(self, given: Any, use_cache: bool | None) -> Cache | None:
+        if given is not None and not isinstance(given, Cache):
+            raise ValueError(
+                f"past_key_values is a {type(given).__name__}: expected a transformers Cache"
+            )
+        if use_cache is False or (self.gradient_checkpointing and self.training):
+            return None
+        return DynamicCache(config=self.config) if given is None and use_cache else given
+
+
+class WhatWhereForCausalLM(WhatWherePreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head.
+
+    Args:
+        config: Shape and position encodings.
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: WhatWhereConfig) -> None:
+        super().__init__(config)
+        self.model = WhatWhereModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segment_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``(B, T, vocab_size)`` and, with labels, the mean loss in nats per token.
+
+        Args:
+            input_ids: See `WhatWhereModel.forward`, as for all not named here.
+            attention_mask: See there.
+            position_ids: See there.
+            past_key_values: See there.
+            inputs_embeds: See there.
+            labels: ``(B, T)``, aligned with ``input_ids`` (shifted inside), -100 where ignored.
+            use_cache: See there.
+            logits_to_keep: Compute logits of the last so many tokens only (0: all), or of the
+                tokens at these indices. With labels, all are needed.
+            segment_ids: See there.
+            output_hidden_states: See there.
+            **kwargs: For the loss of transformers (``num_items_in_batch``).
+
+        Raises:
+            ValueError: If arguments do not fit one another.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segment_ids=segment_ids,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            output_attentions=kwargs.pop("output_attentions", None),
+        )
+        keep = logits_to_keep
+        rows = slice(-keep, None) if isinstance(keep, int) else keep
+        logits = self.lm_head(out.last_hidden_state[:, rows])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )
+
+    def set_position_encoding(self, name: str, **options: Any) -> None:
+        """See `WhatWhereModel.set_position_encoding`."""
+        self.model.set_position_encoding(name, **options)
+
+    def cache_report(self, device: torch.device | str | None = None) -> list[LayerCache]:
+        """See `WhatWhereModel.cache_report`."""
+        return self.model.cache_report(device)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: WhatWhereConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """The 2-D mask for a static cache, as long as the cache: `generate` calls this.
+
+        transformers would make a 4-D one. A length that does not grow spares a compiled step
+        recompilation.
+        """
+        if attention_mask is None:
+            return None
+        total, offset = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
+        missing = max(0, offset + total - attention_mask.shape[1])
+        return F.pad(attention_mask, (0, missing))
+
+    def _get_static_cache_init_shape(self) -> Any:
+        # Allocating in advance assumes keys as wide as values, which polar features are not;
+        # None leaves it to the first update.
+        wide = any(
+            entry.numbers_per_token
+            != 2 * self.config.num_key_value_heads * self.config.head_dim
+            for entry in self.cache_report()
+        )
+        return None if wide else super()._get_static_cache_init_shape()
