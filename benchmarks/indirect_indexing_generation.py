@@ -30,9 +30,10 @@ def main() -> int:
         start = time.perf_counter()
         task.examples("train", indices)
         rates.append(EXAMPLES / (time.perf_counter() - start))
+    median = statistics.median(rates)
     result = {
         "benchmark": "indirect_indexing_generation",
-        "examples_per_second_median": round(statistics.median(rates)),
+        "examples_per_second_median": round(median),
         "examples_per_second_best": round(max(rates)),
         "aim": AIM,
         "threads": torch.get_num_threads(),
@@ -40,7 +41,7 @@ def main() -> int:
         "torch": torch.__version__,
     }
     print(json.dumps(result))
-    return 0 if result["examples_per_second_median"] >= AIM else 1
+    return 0 if median >= AIM else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from whatwhere.lab.data import TextData, TextTask
-from whatwhere.lab.data import tokens as tokens_module
 from whatwhere.lab.data.sources import Document
 from whatwhere.lab.data.tokens import default_cache_dir, load_stream, load_tokenizer
 
@@ -23,7 +22,7 @@ def documents(*texts: str) -> list[Document]:
 
 def save_tokenizer(folder: Path, vocab_size: int = 300, eos: bool = True) -> str:
     """Train a byte-level BPE on the sample and save it as transformers does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -36,6 +35,11 @@ def save_tokenizer(folder: Path, vocab_size: int = 300, eos: bool = True) -> str
         show_progress=False,
     )
     backend.train_from_iterator([SAMPLE], trainer)
+    if eos:  # as Llama's tokenizers do: a special token before each text, unless told otherwise
+        number = backend.token_to_id("<eos>")
+        backend.post_processor = processors.TemplateProcessing(
+            single="<eos> $A", special_tokens=[("<eos>", number)]
+        )
     special = {"eos_token": "<eos>"} if eos else {}
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
     return str(folder)
@@ -127,6 +131,16 @@ def test_damaged_cache_is_made_anew(saved: str, tmp_path: Path, damage: bytes) -
     assert again.tokens.tolist() == expected
 
 
+def test_cache_files_that_do_not_belong_together_are_made_anew(saved: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(saved)
+    first = load_stream(documents(SAMPLE, "b"), tokenizer, tmp_path)
+    (file,) = (tmp_path / "tokens").glob("*.bounds.npy")
+    for wrong in (first.bounds + 1, first.bounds[1:]):
+        np.save(file, wrong)
+        again = load_stream(documents(SAMPLE, "b"), tokenizer, tmp_path)
+        assert again.bounds.tolist() == first.bounds.tolist()
+
+
 def test_cut_off_cache_is_made_anew(saved: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(saved)
     expected = load_stream(documents(SAMPLE), tokenizer, tmp_path).tokens.tolist()
@@ -142,7 +156,7 @@ def test_full_disk_costs_the_cache_not_the_run(
         stream.write(b"part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tokens_module.np, "save", full)
+    monkeypatch.setattr(np, "save", full)
     tokenizer = load_tokenizer(saved)
     with pytest.warns(UserWarning, match=r"could not be cached in .*No space left on device"):
         stream = load_stream(documents(SAMPLE), tokenizer, tmp_path)

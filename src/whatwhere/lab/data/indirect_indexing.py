@@ -164,6 +164,13 @@ class IndirectIndexingTask(Task):
         tokens, labels = (torch.cat(parts) for parts in zip(*made, strict=True))
         return Batch(tokens, labels)
 
+    def examples_as_text(self, split: str, indices: Tensor) -> list[str]:
+        """Return examples as the texts they encode, such as `NZTUIGWkXFrhCJDzscat,N,+4,I`.
+
+        Arguments and errors are those of `examples`.
+        """
+        return [self.tokenizer.decode(row) for row in self.examples(split, indices).input_ids]
+
     def describe(self) -> dict[str, Any]:
         """Return settings, sizes and the SHA-256 of the validation tokens (one byte each)."""
         digest = hashlib.sha256()
