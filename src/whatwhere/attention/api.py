@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from whatwhere.attention import flex, reference, sdpa
+from whatwhere.attention import cpu, flex, reference, sdpa
 from whatwhere.attention.angles import rotation_table
 from whatwhere.attention.call import Backend, Call, prepare
 from whatwhere.spec import ScoreSpec, UnsupportedError
@@ -18,7 +18,11 @@ BACKENDS: dict[str, Backend] = {
     "reference": reference.BACKEND,
     "sdpa": sdpa.BACKEND,
     "flex": flex.BACKEND,
+    "cpu": cpu.BACKEND,
 }
+
+# Queries from which row blocks beat SDPA over padded values (benchmarks/results).
+_ROWS_PAY = 16
 
 
 def attention(
@@ -227,6 +231,9 @@ def _choose(call: Call, backend: str) -> tuple[str, str]:
     biased = call.spec.slopes is not None
     if call.q.device.type == "cuda" and (sparse or biased) and flex.refuses(call) is None:
         return "flex", "documents, windows and slopes need no dense mask there"
+    widened = call.spec.feature_dim(call.q.shape[-1]) > call.v.shape[-1]
+    if widened and call.q.shape[2] >= _ROWS_PAY and cpu.refuses(call) is None:
+        return "cpu", "features are wider than values, which PyTorch's CPU kernel would pad"
     return "sdpa", "PyTorch's fused kernel over widened features"
 
 
