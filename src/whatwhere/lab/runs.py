@@ -1,22 +1,14 @@
-"""Run folders: what they hold, whose they are, and how they are written.
+"""Run folders: what they hold, whose they are and whether they may be reused.
 
-A run is one encoding and one seed. Its folder is written file by file, each under a temporary name
-and then renamed, so that a kill or a full disk leaves what was there before. `run.json` carries a
-fingerprint of everything the weights depend on; a folder of another config is refused.
+A run is one encoding and one seed. Its `run.json` carries a fingerprint of everything the weights
+depend on, and a folder that was written by another config is refused.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import shutil
-import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +16,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 
+from whatwhere.lab.environment import device, git_commit, versions
 from whatwhere.lab.recipes.schema import (
     Data,
     EncodingChoice,
@@ -35,19 +27,10 @@ from whatwhere.lab.recipes.schema import (
     Settings,
     TrainingSettings,
 )
+from whatwhere.lab.storage import read_json, write_json, write_text
 
 COLUMNS = ["encoding", "seed", "metric", "length", "value"]
 """Columns of every results.csv."""
-
-PACKAGES = ("whatwhere", "torch", "transformers", "accelerate", "numpy")
-
-
-class RunError(RuntimeError):
-    """Something outside the program stopped a run: one line for the user."""
-
-
-class DiskFullError(RunError):
-    """There is no space left where a run writes; what was there before is untouched."""
 
 
 class RunConfig(Settings):
@@ -159,11 +142,8 @@ def fingerprint(config: RunConfig, data: dict[str, Any], source: str = "") -> st
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def claim(run: Run, data: dict[str, Any], source: Run | None = None) -> None:
-    """Make a run's folder its own, or check that it is.
-
-    A folder whose evaluation settings alone differ keeps its weights and loses its results, which
-    are then measured again.
+def check(run: Run, data: dict[str, Any], source: Run | None = None) -> dict[str, Any] | None:
+    """The record that a run's folder holds, `None` if there is no such folder yet.
 
     Args:
         run: The run.
@@ -172,37 +152,45 @@ def claim(run: Run, data: dict[str, Any], source: Run | None = None) -> None:
 
     Raises:
         ValueError: If the folder was written by another config; the line names what differs.
-        DiskFullError: If it cannot be written.
     """
-    of_source = load_record(source)["fingerprint"] if source else ""
-    mark = fingerprint(run.config, data, of_source)
+    if not run.record.exists():
+        # A kill can leave a hidden, unfinished file behind.
+        if any(not file.name.startswith(".") for file in run.folder.glob("*")):
+            raise ValueError(
+                f"{run.folder} holds files but no run.json: it was not written by whatwhere; "
+                "choose another --output"
+            )
+        return None
+    found = load_record(run)
+    if found["fingerprint"] != _mark(run, data, source):
+        raise ValueError(_mismatch(run, found, data))
+    return found
+
+
+def claim(run: Run, data: dict[str, Any], source: Run | None = None) -> None:
+    """Make a run's folder its own, or check that it is; arguments and errors as for `check`.
+
+    A folder whose evaluation settings alone differ keeps its weights and loses its results, which
+    are then measured again.
+    """
+    found = check(run, data, source)
     config = run.config.model_dump(mode="json")
-    if run.record.exists():
-        found = load_record(run)
-        if found.get("fingerprint") != mark:
-            raise ValueError(_mismatch(run, found, data))
-        if found["config"]["evaluation"] == config["evaluation"]:
-            return
+    if found is None:
+        record = {
+            "fingerprint": _mark(run, data, source),
+            "config": config,
+            "data": data,
+            "source": source.folder.name if source else None,
+            "versions": versions(),
+            "device": device(),
+            "git_commit": git_commit(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(run.record, record)
+    elif found["config"]["evaluation"] != config["evaluation"]:
         for file in (run.results, run.positions):
             file.unlink(missing_ok=True)
-        write_text(run.record, _json({**found, "config": config}))
-        return
-    if run.folder.exists() and any(run.folder.iterdir()):
-        raise ValueError(
-            f"{run.folder} holds files but no run.json: it was not written by whatwhere; "
-            "choose another --output"
-        )
-    record = {
-        "fingerprint": mark,
-        "config": config,
-        "data": data,
-        "source": source.folder.name if source else None,
-        "versions": versions(),
-        "device": device(),
-        "git_commit": git_commit(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_text(run.record, _json(record))
+        write_json(run.record, {**found, "config": config})
 
 
 def load_record(run: Run | Path) -> dict[str, Any]:
@@ -212,12 +200,9 @@ def load_record(run: Run | Path) -> dict[str, Any]:
         ValueError: If there is none, or it is not a record of a run.
     """
     path = run.record if isinstance(run, Run) else run / "run.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} is no run folder: it holds no run.json") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not path.exists():
+        raise ValueError(f"{path.parent} is no run folder: it holds no run.json")
+    content = read_json(path)
     if not isinstance(content, dict) or not {"fingerprint", "config"} <= content.keys():
         raise ValueError(f"{path} is no record of a run: it lacks fingerprint or config")
     return content
@@ -230,75 +215,6 @@ def load_run(folder: Path) -> Run:
         ValueError: If it holds none.
     """
     return Run(folder, RunConfig.model_validate(load_record(folder)["config"]))
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder; a killed process lets go of it by itself.
-
-    Raises:
-        RunError: If another process works in it.
-    """
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"another process is working in {folder}") from None
-    try:
-        yield
-    finally:
-        held.release()
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn whatever a library raises on a full disk into one `DiskFullError`.
-
-    `torch.save` raises a RuntimeError that does not say why, safetensors an error of its own, so
-    the space that is left decides where the error does not.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not _is_full(error, path):
-            raise
-        raise DiskFullError(
-            f"no space left on the disk of {path}: nothing of it was replaced; make space and "
-            "run the same command again"
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it into place."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` (which must not exist) if nothing fails."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            yield temporary
-            temporary.replace(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """Write rows as CSV; floats keep all their digits."""
-    write_text(path, pd.DataFrame(rows, columns=columns).to_csv(index=False))
 
 
 def merge_results(folder: Path, runs: Iterable[Run]) -> pd.DataFrame:
@@ -320,44 +236,8 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def device() -> dict[str, Any]:
-    """The device that training uses, by name."""
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return {"type": "cuda", "name": torch.cuda.get_device_name(), "count": count}
-    name = platform.processor() or platform.machine()
-    return {"type": "cpu", "name": name, "threads": torch.get_num_threads()}
-
-
-def git_commit() -> str | None:
-    """Commit of the package's own checkout, with `+changes` if it differs; else `None`."""
-    package = Path(__file__).resolve().parents[1]
-
-    def git(*command: str) -> str:
-        # An installed package may lie within a checkout of something else: only files that git
-        # tracks count.
-        done = subprocess.run(
-            ["git", "-C", str(package), *command], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")
-        changed = git("status", "--porcelain", "--", ".")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _mark(run: Run, data: dict[str, Any], source: Run | None) -> str:
+    return fingerprint(run.config, data, fingerprint(source.config, data) if source else "")
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
@@ -370,25 +250,10 @@ def _mismatch(run: Run, found: dict[str, Any], data: dict[str, Any]) -> str:
     known = found["config"]
     old = {key: value for key, value in known.items() if key not in ("evaluation", "label")}
     changed = differences(old, run.config.model_dump(mode="json", exclude={"evaluation", "label"}))
-    if not [line for line in changed if not line.startswith("data.paths")]:
+    if all(line.startswith("data.paths") for line in changed):
         changed += differences(found.get("data"), data, "data")
     listed = "; ".join(changed[:4]) + (" ..." if len(changed) > 4 else "")
     return (
         f"{run.folder} was written by another config ({listed or 'its starting weights'}): "
         "choose another --output, or remove that folder"
     )
-
-
-def _is_full(error: Exception, path: Path) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if "os error 28" in str(error) or os.strerror(errno.ENOSPC) in str(error):
-        return True
-    if "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
-        return False
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free < 2**20
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -42,60 +42,74 @@ class EncodingChoice(Settings):
 class ModelSettings(Settings):
     """Shape of the decoder; names are those of `whatwhere.models.WhatWhereConfig`."""
 
-    hidden_size: int = Field(128, ge=1, description="width of the residual stream")
-    num_hidden_layers: int = Field(4, ge=1, description="layers")
-    num_attention_heads: int = Field(4, ge=1, description="query heads")
+    hidden_size: int = Field(default=128, ge=1, description="width of the residual stream")
+    num_hidden_layers: int = Field(default=4, ge=1, description="layers")
+    num_attention_heads: int = Field(default=4, ge=1, description="query heads")
     num_key_value_heads: int | None = Field(
-        None, ge=1, description="key and value heads; None is as many as query heads"
+        default=None, ge=1, description="key and value heads; None is as many as query heads"
     )
     head_dim: int | None = Field(
-        None, ge=1, description="channels of a head; None is hidden size / query heads"
+        default=None, ge=1, description="channels of a head; None is hidden size / query heads"
     )
     intermediate_size: int | None = Field(
-        None, ge=1, description="width inside the MLP; None is 4 (gelu) or 8/3 (swiglu) times"
+        default=None,
+        ge=1,
+        description="width inside the MLP; None is 4 (gelu) or 8/3 (swiglu) times",
     )
-    mlp: Literal["gelu", "swiglu"] = Field("gelu", description="kind of MLP")
-    tie_word_embeddings: bool = Field(True, description="one matrix for input and output tokens")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
-    qk_norm: bool = Field(False, description="RMS-normalise queries and keys of each head")
-    rms_norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
-    initializer_range: float = Field(0.02, gt=0, description="deviation of initial weights")
+    mlp: Literal["gelu", "swiglu"] = Field(default="gelu", description="kind of MLP")
+    tie_word_embeddings: bool = Field(
+        default=True, description="one matrix for input and output tokens"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout probability")
+    qk_norm: bool = Field(default=False, description="RMS-normalise queries and keys of each head")
+    rms_norm_eps: float = Field(default=1e-5, gt=0, description="epsilon of RMSNorm")
+    initializer_range: float = Field(
+        default=0.02, gt=0, description="deviation of initial weights"
+    )
     sliding_window: int | None = Field(
-        None, ge=1, description="tokens each query sees; None is all before it"
+        default=None, ge=1, description="tokens each query sees; None is all before it"
     )
-    attention_backend: str = Field("auto", description="a name in whatwhere.BACKENDS, or auto")
+    attention_backend: str = Field(
+        default="auto", description="a name in whatwhere.BACKENDS, or auto"
+    )
 
 
 class TrainingSettings(Settings):
     """How a model is trained: AdamW, linear warm-up, cosine to a minimum rate."""
 
-    steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(32, ge=1, description="sequences a step, over all devices")
+    steps: int = Field(default=1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=32, ge=1, description="sequences a step, over all devices")
     gradient_accumulation_steps: int = Field(
-        1, ge=1, description="parts a step's batch is computed in, to save memory"
+        default=1, ge=1, description="parts a step's batch is computed in, to save memory"
     )
-    learning_rate: float = Field(2e-3, gt=0, description="highest learning rate")
-    min_learning_rate: float = Field(2e-4, ge=0, description="learning rate of the last step")
-    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    learning_rate: float = Field(default=2e-3, gt=0, description="highest learning rate")
+    min_learning_rate: float = Field(
+        default=2e-4, ge=0, description="learning rate of the last step"
+    )
+    warmup_steps: int = Field(default=50, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(
-        0.01, ge=0, description="decoupled weight decay of matrices (never of delta or norms)"
+        default=0.01,
+        ge=0,
+        description="decoupled weight decay of matrices (never of delta or norms)",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1")
-    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's beta2")
-    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's beta1")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW's beta2")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     precision: Literal["auto", "no", "bf16"] = Field(
-        "auto", description="autocast: auto is bf16 on a GPU and no (float32) elsewhere"
+        default="auto", description="autocast: auto is bf16 on a GPU and no (float32) elsewhere"
     )
     compile: Literal["no", "default", "reduce-overhead"] = Field(
-        "no", description="torch.compile and its mode; reduce-overhead uses CUDA graphs"
+        default="no", description="torch.compile and its mode; reduce-overhead uses CUDA graphs"
     )
     deterministic: bool = Field(
-        True, description="deterministic GPU kernels, which exact resumption needs"
+        default=True, description="deterministic GPU kernels, which exact resumption needs"
     )
-    log_every: int = Field(10, ge=1, description="steps between rows of log.jsonl")
-    validate_every: int = Field(200, ge=1, description="steps between validation losses")
-    validation_sequences: int = Field(256, ge=1, description="sequences of a validation loss")
-    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    log_every: int = Field(default=10, ge=1, description="steps between rows of log.jsonl")
+    validate_every: int = Field(default=200, ge=1, description="steps between validation losses")
+    validation_sequences: int = Field(
+        default=256, ge=1, description="sequences of a validation loss"
+    )
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
 
     @model_validator(mode="after")
     def _check(self) -> TrainingSettings:
@@ -115,27 +129,27 @@ class TrainingSettings(Settings):
 class FinetuneSettings(Settings):
     """Fine-tuning of a RoPE run as YaRN at a longer length (arXiv 2509.10534: 500 steps)."""
 
-    factor: int = Field(4, ge=1, description="new length over training length")
-    steps: int = Field(500, ge=1, description="optimizer steps")
-    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
-    learning_rate: float = Field(6e-5, gt=0, description="constant learning rate")
-    batch_size: int = Field(64, ge=1, description="sequences a step")
+    factor: int = Field(default=4, ge=1, description="new length over training length")
+    steps: int = Field(default=500, ge=1, description="optimizer steps")
+    warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up")
+    learning_rate: float = Field(default=6e-5, gt=0, description="constant learning rate")
+    batch_size: int = Field(default=64, ge=1, description="sequences a step")
 
 
 class EvaluationSettings(Settings):
     """What is measured once a model is trained."""
 
     lengths: tuple[Annotated[int, Field(ge=2)], ...] = Field(
-        (), description="lengths in tokens at which the loss on text is measured"
+        default=(), description="lengths in tokens at which the loss on text is measured"
     )
     tokens: int = Field(
-        65536, ge=1, description="tokens of text the loss at each length is measured on"
+        default=65536, ge=1, description="tokens of text the loss at each length is measured on"
     )
     examples: int | None = Field(
-        None, ge=1, description="sequences of a final validation or test loss; None is all"
+        default=None, ge=1, description="sequences of a final validation or test loss; None is all"
     )
     yarn: Literal["evaluate", "finetune"] = Field(
-        "evaluate",
+        default="evaluate",
         description="yarn is the rope run: evaluated with factor = length / training length, "
         "or fine-tuned with one factor",
     )
@@ -164,7 +178,7 @@ class Recipe(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     encodings: Annotated[dict[Label, EncodingChoice], tyro.conf.Suppress]
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
-        (0,), description="one run of each encoding for each"
+        default=(0,), description="one run of each encoding for each"
     )
     paper: Annotated[dict[Label, dict[str, PaperFigure]], tyro.conf.Suppress] = {}
 

@@ -1,0 +1,71 @@
+"""The command line: `whatwhere recipes | compare | train | evaluate | extrapolate | report`.
+
+A mistake of the user is one line on standard error and exit code 2; something from outside that
+stopped the work (a full disk, another process in the folder) is one line and exit code 1; Ctrl-C
+is one line and 130. Anything else is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+USER_ERROR, OUTSIDE_ERROR, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What follows the program's name; `sys.argv` by default.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: After help, or with code 2 after options that do not parse.
+    """
+    # The bars of transformers for reading and writing weights say nothing that ours do not.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        from whatwhere.lab import commands, storage
+    except ModuleNotFoundError as error:
+        return _say(
+            f"the command line needs {error.name}: pip install 'whatwhere[lab]'", OUTSIDE_ERROR
+        )
+    before, warnings.showwarning = warnings.showwarning, _show_warning
+    try:
+        commands.parse(given).run()
+    except commands.UserError as error:
+        return _say(str(error), USER_ERROR)
+    except storage.RunError as error:
+        stopped = type(error).__name__ == "Interrupted"
+        return _say(str(error), INTERRUPTED if stopped else OUTSIDE_ERROR)
+    except KeyboardInterrupt:
+        return _say("stopped: run the same command again to go on", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (head, less) is gone; Python would complain again while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OUTSIDE_ERROR
+    finally:
+        warnings.showwarning = before
+    return 0
+
+
+def _say(message: str, code: int) -> int:
+    print(f"whatwhere: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any
+) -> None:
+    print(f"whatwhere: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

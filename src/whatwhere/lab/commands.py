@@ -1,0 +1,317 @@
+"""The commands of the command line: what each takes, and what it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import pandas as pd
+import tyro
+from pydantic import Field, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from whatwhere.lab import recipes
+from whatwhere.lab.recipes import Recipe
+from whatwhere.lab.recipes.files import describe_error
+from whatwhere.lab.storage import disk_errors
+
+if TYPE_CHECKING:
+    from whatwhere.lab.compare import Comparison
+
+YAML = (".yaml", ".yml")
+
+
+class UserError(Exception):
+    """A mistake of the user, in one line."""
+
+
+class Command(Protocol):
+    """What a command line is parsed into."""
+
+    def run(self) -> None:
+        """Do it."""
+
+
+class OneRun(Recipe):
+    """A recipe on the command line of `train`, which has `--seed` in place of `--seeds`."""
+
+    seeds: Annotated[tuple[int, ...], tyro.conf.Suppress] = Field(default=(0,))
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes, or print one as YAML that `compare` takes, edited or not."""
+
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
+    """recipe to print; none lists them all"""
+    preset: str = "quick"
+    """quick (a CPU) or paper (as a paper has it)"""
+
+    def run(self) -> None:
+        """List or print."""
+        if self.name is None:
+            Console().print(_listing())
+            return
+        with user_errors():
+            sys.stdout.write(recipes.to_yaml(recipes.get(self.name, self.preset)))
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train models that differ in their position encoding alone, evaluate them, report.
+
+    Finished runs are not repeated, an unfinished one is resumed. The options below stand for the
+    recipe that is named; any of its values can be given here.
+    """
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    """name of a recipe (see `whatwhere recipes`) or a YAML file"""
+    settings: Annotated[Recipe, tyro.conf.arg(name="")]
+    preset: str | None = None
+    """quick (a CPU, the default) or paper (as a paper has it)"""
+    encodings: tuple[str, ...] = ()
+    """labels of the recipe's encodings, or any names in whatwhere.ENCODINGS"""
+    text: tuple[str, ...] = ()
+    """UTF-8 files, folders or patterns to train and evaluate on"""
+    output: Path | None = None
+    """folder of runs, results and report; runs/RECIPE by default"""
+
+    def run(self) -> None:
+        """Compare."""
+        _compare(self.settings, self.encodings, self.text, self.output)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train and evaluate one encoding with one seed; `compare` finds the run and reuses it."""
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    """name of a recipe (see `whatwhere recipes`) or a YAML file"""
+    settings: Annotated[OneRun, tyro.conf.arg(name="")]
+    encoding: str
+    """label of one of the recipe's encodings, or any name in whatwhere.ENCODINGS"""
+    seed: int = 0
+    """seed of weights, batches and dropout"""
+    preset: str | None = None
+    """quick (a CPU, the default) or paper (as a paper has it)"""
+    text: tuple[str, ...] = ()
+    """UTF-8 files, folders or patterns to train and evaluate on"""
+    output: Path | None = None
+    """folder of runs, results and report; runs/RECIPE by default"""
+
+    def run(self) -> None:
+        """Train."""
+        with user_errors():
+            content = self.settings.model_dump() | {"seeds": (self.seed,)}
+            recipe = Recipe.model_validate(content)
+        _compare(recipe, (self.encoding,), self.text, self.output)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained run again and write its results."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """folder of a run, such as runs/text/pope-seed0"""
+
+    def run(self) -> None:
+        """Evaluate."""
+        from whatwhere.lab.compare import evaluate_again, summary
+
+        with user_errors():
+            run = evaluate_again(self.folder)
+        Console().print(summary(pd.read_csv(run.results, dtype={"encoding": str})))
+
+
+@dataclass(frozen=True)
+class Extrapolate:
+    """Measure the loss of a run, or of any causal language model, at given lengths."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
+    """folder of a run, or of a Hugging Face causal language model with its tokenizer"""
+    lengths: Annotated[tuple[str, ...], tyro.conf.arg(metavar="N,N,...")]
+    """lengths in tokens: 1024,2048,4096"""
+    text: tuple[str, ...] = ()
+    """UTF-8 files, folders or patterns; none is a run's own validation text"""
+    tokens: int = 2**17
+    """tokens measured at each length"""
+    output: Path | None = None
+    """where CSV files and the figure go; RUN/extrapolate or runs/extrapolate/MODEL by default"""
+
+    def run(self) -> None:
+        """Extrapolate."""
+        from whatwhere.lab import extrapolate
+
+        with user_errors():
+            lengths = _parse_lengths(self.lengths)
+            subject = extrapolate.find_subject(self.folder)
+            found = extrapolate.extrapolate(subject, self.text, lengths, self.tokens)
+        Console().print(extrapolate.table(found, subject.train_length))
+        name = self.folder.resolve().name
+        default = subject.run.folder / "extrapolate" if subject.run else None
+        folder = self.output or default or Path("runs") / "extrapolate" / name
+        for path in extrapolate.write(found, folder, subject.train_length):
+            print(path)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report of a comparison again, from whatever its folder holds."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """folder of a comparison, such as runs/text"""
+
+    def run(self) -> None:
+        """Report."""
+        from whatwhere.lab.report import build_report
+
+        with user_errors():
+            if not (self.folder / "settings.yaml").exists():
+                raise ValueError(f"{self.folder} is no comparison: it holds no settings.yaml")
+            with disk_errors(self.folder):
+                print(build_report(self.folder))
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "recipes": Recipes,
+    "compare": Compare,
+    "train": Train,
+    "evaluate": Evaluate,
+    "extrapolate": Extrapolate,
+    "report": Report,
+}
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Parse a command line; the recipe that it names decides options and their defaults.
+
+    Raises:
+        UserError: If there is no such recipe, or no recipe where one is needed.
+        SystemExit: After help, or with code 2 after options that do not parse.
+    """
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        return _list_commands(arguments)
+    defaults: dict[str, Any] = {}
+    if name in ("compare", "train"):
+        with user_errors():
+            recipe, given = _named_recipe(arguments[1:])
+            one = OneRun.model_validate(recipe.model_dump())
+        choices = {"compare": Compare(given, recipe), "train": Train(given, one, tyro.MISSING)}
+        defaults["default"] = choices[name]
+    command: Command = tyro.cli(
+        COMMANDS[name],
+        args=arguments[1:],
+        prog=f"whatwhere {name}",
+        config=(tyro.conf.AvoidSubcommands,),
+        **defaults,
+    )
+    return command
+
+
+def _list_commands(arguments: Sequence[str]) -> Command:
+    # Help, or the error of a command that does not exist: their options do not matter.
+    def listed(command: type[Command]) -> Any:
+        def nothing() -> None:
+            return None
+
+        nothing.__doc__ = (command.__doc__ or "").split("\n\n")[0]
+        return nothing
+
+    tyro.extras.subcommand_cli_from_dict(
+        {name: listed(command) for name, command in COMMANDS.items()},
+        args=arguments,
+        prog="whatwhere",
+        description="Train decoders that differ in their position encoding, and compare them.",
+    )
+    raise AssertionError("help or an error ends the process")
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Take errors in what the user gave as the user's: one line, no traceback."""
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError(describe_error(error)) from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _named_recipe(arguments: Sequence[str]) -> tuple[Recipe, str]:
+    # Read before all else, as options and their defaults follow from it.
+    asks_help = {"-h", "--help"} & set(arguments)
+    if not arguments or arguments[0].startswith("-"):
+        if not asks_help:
+            known = ", ".join(recipes.names())
+            raise ValueError(f"name a recipe first: one of {known}, or a file ending in .yaml")
+        return recipes.get("text"), "text"
+    name = arguments[0]
+    given = [
+        value.removeprefix("--preset=") if "=" in value else following
+        for value, following in zip(arguments, [*arguments[1:], ""], strict=True)
+        if value == "--preset" or value.startswith("--preset=")
+    ]
+    if name.endswith(YAML):
+        if given:
+            raise ValueError(f"{name} is a file, which has no --preset")
+        return recipes.from_yaml(Path(name)), name
+    return recipes.get(name, given[-1] if given else "quick"), name
+
+
+def _compare(
+    recipe: Recipe, labels: Sequence[str], text: Sequence[str], output: Path | None
+) -> None:
+    from whatwhere.lab.compare import Comparison, choose
+
+    with user_errors():
+        if text:
+            if recipe.data.task != "text":
+                raise ValueError(f"--text: the data of recipe {recipe.name!r} is not text")
+            paths = recipe.data.model_validate(recipe.data.model_dump() | {"paths": text})
+            recipe = recipe.model_copy(update={"data": paths})
+        folder = output or Path("runs") / recipe.name
+        comparison = Comparison(choose(recipe, labels), folder)
+    _announce(comparison)
+    report = comparison.run()
+    comparison.show()
+    print(f"report: {report}")
+
+
+def _announce(comparison: Comparison) -> None:
+    recipe, data = comparison.recipe, comparison.description
+    source = data.get("source", recipe.data.task)
+    training = recipe.training
+    seeds = ", ".join(map(str, recipe.seeds))
+    Console().print(
+        f"{recipe.name}: {', '.join(recipe.encodings)}; seeds {seeds}; {training.steps} steps "
+        f"of {training.batch_size} x {comparison.task.length} tokens; "
+        f"data: {source}; folder: {comparison.folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _listing() -> Table:
+    table = Table(title="recipes", title_justify="left")
+    for column in ("name", "preset", "what it is"):
+        table.add_column(column)
+    for name in recipes.names():
+        for preset in recipes.presets(name):
+            table.add_row(name, preset, recipes.get(name, preset).description)
+    return table
+
+
+def _parse_lengths(given: Sequence[str]) -> list[int]:
+    parts = [part for value in given for part in value.split(",") if part.strip()]
+    try:
+        return [int(part) for part in parts]
+    except ValueError:
+        raise ValueError(f"lengths: expected integers as in 1024,2048, got {given}") from None

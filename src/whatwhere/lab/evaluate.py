@@ -1,0 +1,234 @@
+"""What a trained model is worth: loss at each length, loss by position, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import whatwhere as ww
+from whatwhere.lab import runs, storage
+from whatwhere.lab.data import Batch, Task, TextTask
+from whatwhere.lab.data.base import IGNORED
+from whatwhere.lab.runs import Run
+
+# Bounds of one forward pass: tokens, and numbers in its logits (512 MiB in float32).
+MAX_TOKENS = 16384
+MAX_LOGITS = 2**27
+
+
+@dataclass(frozen=True)
+class LengthLoss:
+    """Loss of a model on windows of one length.
+
+    Attributes:
+        length: Tokens in a window.
+        windows: Number of windows.
+        loss: Mean over all predicted tokens, in nats.
+        by_position: `(length - 1,)` float64, mean loss of the token that has 1, 2, ... before it.
+    """
+
+    length: int
+    windows: int
+    loss: float
+    by_position: Tensor
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rows_for(length: int, vocab_size: int) -> int:
+    """Sequences in a forward pass such that tokens and logits stay within bounds."""
+    return max(1, min(MAX_TOKENS // length, MAX_LOGITS // (length * vocab_size)))
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: nn.Module, batches: Iterable[Batch], precision: str = "no"
+) -> tuple[float, float]:
+    """Loss in nats per labelled token, and accuracy of the likeliest token, over batches.
+
+    Args:
+        model: A causal language model; it is put into evaluation mode and back.
+        batches: Data; moved to the model's device.
+        precision: `"bf16"` for autocast, else the dtype of the weights.
+
+    Raises:
+        ValueError: If no token is labelled.
+    """
+    device = _device(model)
+    loss, correct, count = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    training = model.training
+    model.eval()
+    for batch in batches:
+        logits = _logits(model, batch.input_ids.to(device), precision, batch.segment_ids)
+        targets = batch.labels.to(device)[:, 1:]
+        labelled = targets != IGNORED
+        chosen, targets = logits[:, :-1][labelled], targets[labelled]
+        loss += F.cross_entropy(chosen.float(), targets, reduction="sum").double()
+        correct += (chosen.argmax(-1) == targets).sum()
+        count += len(targets)
+    model.train(training)
+    if not count.item():
+        raise ValueError("no labelled token to evaluate on")
+    return (loss / count).item(), (correct / count).item()
+
+
+@torch.inference_mode()
+def length_loss(model: nn.Module, windows: Tensor, precision: str = "no") -> LengthLoss:
+    """Loss over windows of text, token-weighted, and by position within the window.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        windows: `(count, length)` int64 tokens, length at least 2.
+        precision: As for `mean_loss`.
+    """
+    count, length = windows.shape
+    device = _device(model)
+    total = torch.zeros(length - 1, dtype=torch.float64, device=device)
+    for part in windows.split(rows_for(length, cast(Any, model).config.vocab_size)):
+        tokens = part.to(device)
+        logits = _logits(model, tokens, precision)[:, :-1]
+        for row, targets in zip(logits, tokens[:, 1:], strict=True):
+            # Row by row, so that only one row of logits is ever copied to float32.
+            total += F.cross_entropy(row.float(), targets, reduction="none").double()
+    by_position = (total / count).cpu()
+    return LengthLoss(length, count, by_position.mean().item(), by_position)
+
+
+def longest(model: nn.Module) -> int | None:
+    """The longest sequence that a model's tables of positions allow; `None` if any.
+
+    Our learned encoding says so itself. Models of others with a table of position embeddings
+    (GPT-2, OPT) are known by the name of that table.
+    """
+    tables: list[int] = [m.max_length for m in model.modules() if isinstance(m, ww.Learned)]
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
+            rows = module.num_embeddings
+            tables.append(getattr(cast(Any, model).config, "max_position_embeddings", rows))
+    return min(tables, default=None)
+
+
+def load_model(folder: Path) -> Any:
+    """A causal language model of ours or of `transformers`, from a folder on this disk.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import whatwhere.models  # noqa: F401  (registers our own model type)
+
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no model: there is no config.json")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, dtype="auto", trust_remote_code=False
+    ).to(best_device())
+
+
+def evaluate(run: Run, task: Task, source: Run | None = None) -> list[str]:
+    """Measure a trained run and write its `results.csv`.
+
+    Args:
+        run: The run.
+        task: Its data.
+        source: For YaRN without fine-tuning, the rope run whose weights it is; YaRN's factor is
+            then `length / training length` (at least 1) at each length, as in the RoPE-ID paper
+            (arXiv 2603.18017).
+
+    Returns:
+        Notes on what could not be measured.
+    """
+    model = load_model((source or run).model).eval()
+    options = dict(run.config.encoding.options)
+
+    def prepare(length: int) -> None:
+        if source:
+            factor = max(1.0, length / task.length)
+            model.set_position_encoding(run.config.encoding.name, **options, factor=factor)
+
+    settings = run.config.evaluation
+    values: list[tuple[str, int, float]] = []
+    notes: list[str] = []
+    precision = run.config.training.precision
+    prepare(task.length)
+    for split in task.splits:
+        batches = task.evaluation_batches(
+            split, rows_for(task.length, task.vocab_size), settings.examples
+        )
+        loss, accuracy = mean_loss(model, batches, precision)
+        values.append((f"{split}_loss", task.length, loss))
+        if task.accuracy:
+            # The last split of a task is the one its papers report on.
+            name = "accuracy" if split == task.splits[-1] else f"{split}_accuracy"
+            values.append((name, task.length, accuracy))
+    if isinstance(task, TextTask):
+        losses, notes = _length_losses(run, model, task, prepare)
+        values += [("loss", found.length, found.loss) for found in losses]
+        if losses:
+            write_positions(run.positions, max(losses, key=lambda found: found.length))
+    values += _costs(run, model, task)
+    storage.write_rows(run.results, run.rows(values), runs.COLUMNS)
+    return notes
+
+
+def write_positions(path: Path, found: LengthLoss) -> None:
+    """Write loss by position as CSV; `position` is the number of tokens before the predicted."""
+    pairs = enumerate(found.by_position.tolist(), start=1)
+    rows = [{"position": position, "loss": loss} for position, loss in pairs]
+    storage.write_rows(path, rows, ["position", "loss"])
+
+
+def _length_losses(
+    run: Run, model: Any, task: TextTask, prepare: Callable[[int], None]
+) -> tuple[list[LengthLoss], list[str]]:
+    settings = run.config.evaluation
+    limit = longest(model)
+    losses, notes = [], []
+    for length in settings.lengths:
+        if limit is not None and length > limit:
+            notes.append(f"no loss at {length}: its table of positions ends at {limit}")
+            continue
+        prepare(length)
+        windows = task.windows(length, max(1, settings.tokens // length))
+        losses.append(length_loss(model, windows, run.config.training.precision))
+    return losses, notes
+
+
+def _costs(run: Run, model: Any, task: Task) -> list[tuple[str, int, float]]:
+    encoding = next(m for m in model.modules() if isinstance(m, ww.Encoding))
+    lengths = sorted({task.length, max((task.length, *run.config.evaluation.lengths))})
+    costs = [("table_bytes", n, float(ww.table_bytes(encoding, n))) for n in lengths]
+    costs.append(("parameters", task.length, sum(p.numel() for p in model.parameters())))
+    if run.trained:  # YaRN without fine-tuning trains nothing
+        done = storage.read_json(run.done)
+        for metric, key in (
+            ("grad_norm_max", "grad_norm_max"),
+            ("loss_spikes", "spikes"),
+            ("train_seconds", "seconds"),
+        ):
+            costs.append((metric, task.length, done[key]))
+    return costs
+
+
+def _logits(
+    model: nn.Module, input_ids: Tensor, precision: str, segments: Tensor | None = None
+) -> Tensor:
+    more: dict[str, Any] = {}
+    if segments is not None:
+        more["segment_ids"] = segments.to(input_ids.device)
+    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        return cast(Tensor, model(input_ids=input_ids, use_cache=False, **more).logits)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,163 @@
+"""Loss against length for any causal language model: a run of ours or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from whatwhere.lab import runs, storage
+from whatwhere.lab.data import TextData, TextTask, make_task, read_tokens, spaced_windows
+from whatwhere.lab.evaluate import (
+    LengthLoss,
+    length_loss,
+    load_model,
+    longest,
+    write_positions,
+)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure, and how to make tokens for it.
+
+    Attributes:
+        model: Folder of the weights.
+        tokenizer: `"bytes"`, or a name or folder of `transformers`.
+        train_length: Tokens it was trained at, if known.
+        run: The run that it is of, if it is one of ours.
+    """
+
+    model: Path
+    tokenizer: str
+    train_length: int | None = None
+    run: runs.Run | None = None
+
+
+def find_subject(folder: Path) -> Subject:
+    """The model of a run folder, of the `model/` within one, or of a Hugging Face folder.
+
+    Raises:
+        ValueError: If the folder holds none of these, or no tokenizer for a model that needs one.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    for place in (folder, folder.parent):
+        if (place / "run.json").exists() and folder in (place, place / "model"):
+            return _subject_of_run(place)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds neither a run (run.json) nor a model (config.json)")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    length = config.get("max_position_embeddings")
+    if any((folder / name).exists() for name in TOKENIZER_FILES):
+        return Subject(folder, str(folder), length)
+    if config.get("vocab_size") == 256:
+        return Subject(folder, "bytes", length)
+    raise ValueError(
+        f"{folder} holds no tokenizer and its vocabulary of {config.get('vocab_size')} is not "
+        "one of bytes: save the model's tokenizer into it"
+    )
+
+
+def extrapolate(
+    subject: Subject, texts: Sequence[str], lengths: Sequence[int], tokens: int = 2**17
+) -> list[LengthLoss]:
+    """Token-weighted loss at each length over many windows spread evenly over the text.
+
+    Args:
+        subject: The model.
+        texts: Files, folders or patterns; none means the run's own validation text.
+        lengths: Tokens in a window, each at least 2.
+        tokens: Tokens measured at each length; at least one window is.
+
+    Returns:
+        Results in the order of increasing length.
+
+    Raises:
+        ValueError: If there is no text or less than one window of it, a length is beyond the
+            model's table of positions, or tokens lie outside its vocabulary.
+    """
+    wanted = sorted(set(lengths))
+    if not wanted or wanted[0] < 2:
+        raise ValueError(f"lengths: expected integers of at least 2, got {list(lengths)}")
+    stream = _tokens(subject, texts)
+    windows = {n: spaced_windows(stream, n, max(1, min(tokens, len(stream)) // n)) for n in wanted}
+    model = load_model(subject.model).eval()
+    limit = longest(model)
+    if limit is not None and wanted[-1] > limit:
+        raise ValueError(
+            f"lengths: {wanted[-1]} is beyond the model's table of positions, which ends at "
+            f"{limit}"
+        )
+    highest = max(int(part.max()) for part in windows.values())
+    if highest >= model.config.vocab_size:
+        raise ValueError(
+            f"text: token {highest} is outside the model's vocabulary of "
+            f"{model.config.vocab_size}: is this its tokenizer?"
+        )
+    precision = "bf16" if subject.run and subject.run.config.training.precision == "bf16" else "no"
+    return [length_loss(model, part, precision) for part in windows.values()]
+
+
+def write(
+    found: Sequence[LengthLoss], folder: Path, train_length: int | None = None
+) -> list[Path]:
+    """Write `loss_by_length.csv`, and `loss_by_position.csv` of the longest length.
+
+    Raises:
+        DiskFullError: If there is no space left.
+    """
+    by_length, by_position = folder / "loss_by_length.csv", folder / "loss_by_position.csv"
+    rows = [
+        {"length": f.length, "windows": f.windows, "tokens": _predicted(f), "loss": f.loss}
+        for f in found
+    ]
+    storage.write_rows(by_length, rows, ["length", "windows", "tokens", "loss"])
+    write_positions(by_position, found[-1])
+    return [by_length, by_position]
+
+
+def table(found: Sequence[LengthLoss], train_length: int | None) -> Table:
+    """Loss and perplexity at each length, as a table to print."""
+    shown = Table(title="loss by length", title_justify="left")
+    for name in ("length", "windows", "tokens", "loss (nats/token)", "perplexity"):
+        shown.add_column(name, justify="right")
+    for f in found:
+        mark = " (training)" if f.length == train_length else ""
+        cells = (str(f.windows), str(_predicted(f)), f"{f.loss:.4f}", _perplexity(f.loss))
+        shown.add_row(f"{f.length}{mark}", *cells)
+    return shown
+
+
+def _subject_of_run(folder: Path) -> Subject:
+    run = runs.load_run(folder)
+    if not run.trained:
+        raise ValueError(f"{folder} holds no trained model: no done.json is in it")
+    if not isinstance(run.config.data, TextData):
+        raise ValueError(f"{folder} was trained on {run.config.data.task}: only text has lengths")
+    return Subject(run.model, run.config.data.tokenizer, run.config.data.length, run)
+
+
+def _tokens(subject: Subject, texts: Sequence[str]) -> Any:
+    if texts:
+        return read_tokens(tuple(texts), subject.tokenizer)
+    if subject.run is None:
+        raise ValueError("text: this model is not of a run, so name a text with --text")
+    task = make_task(subject.run.config.data)
+    assert isinstance(task, TextTask)
+    return task.validation_tokens
+
+
+def _predicted(found: LengthLoss) -> int:
+    return found.windows * (found.length - 1)
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.3f}" if loss < 700 else "inf"
