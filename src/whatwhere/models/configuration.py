@@ -78,9 +78,10 @@ class WhatWhereConfig(PreTrainedConfig):
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
+    # None when given, numbers once __post_init__ has filled them in.
+    num_key_value_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
+    intermediate_size: int = None  # type: ignore[assignment]
     mlp: str = "gelu"
     max_position_embeddings: int = 128
     position_encoding: str | list[str] = "rope"
@@ -231,7 +232,7 @@ def is_absolute(name: str) -> bool:
 
 def _refuse_misspelt(given: dict[str, Any], config: WhatWhereConfig) -> None:
     """Extra keys are kept, as in transformers, unless they look like a field misspelt."""
-    names = [f.name for f in fields(config)]  # type: ignore[arg-type]
+    names = [f.name for f in fields(config)]
     for key in given:
         close = get_close_matches(key, names, n=1, cutoff=0.7)
         if close and key not in _INHERITED and not key.startswith("_"):

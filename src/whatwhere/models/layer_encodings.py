@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def own_randomness() -> Iterator[None]:
+def own_randomness(index: int) -> Iterator[None]:
     """Random numbers of their own for an encoding: outside, the generators stay as they were.
 
     Two models of one seed that differ in their encodings then start with the same other weights,
     however many numbers the encodings draw.
+
+    Args:
+        index: Tells apart encodings that are made at the same state of the generators.
     """
     cuda = torch.cuda.is_initialized()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
-        seed = int(torch.randint(2**62, (), device="cpu"))
+        seed = int(torch.randint(2**62, (), device="cpu")) + index
         torch.default_generator.manual_seed(seed)
         if cuda:
             torch.cuda.manual_seed(seed)
@@ -52,7 +55,7 @@ def make_layer_encoding(config: WhatWhereConfig, layer: int) -> Encoding:
             temperature_length=absolute.temperature_length,
             scale=absolute.scale,
         )
-    with own_randomness():
+    with own_randomness(layer):
         return config.make_encoding(name, given)
 
 
@@ -65,7 +68,7 @@ def make_absolute_encoding(config: WhatWhereConfig) -> Encoding | None:
     entry = config.absolute_encoding
     if entry is None:
         return None
-    with own_randomness():
+    with own_randomness(config.num_hidden_layers):
         return config.make_encoding(*entry)
 
 
@@ -80,14 +83,14 @@ def swap_encodings(model: WhatWhereModel, name: str, given: dict[str, Any]) -> N
     config.position_encoding_options = kept[0] if all(k == kept[0] for k in kept) else kept
     absolute = make_absolute_encoding(config)
     made = [make_layer_encoding(config, layer) for layer in range(config.num_hidden_layers)]
-    old = [model.absolute, *(layer.self_attn.encoding for layer in model.layers)]
+    old = [model.absolute, *(block.self_attn.encoding for block in model.blocks)]
     for before, after in zip(old, [absolute, *made], strict=True):
         _check_parameters(before, after, name)
     for before, after in zip(old, [absolute, *made], strict=True):
         _take_over(before, after)
     model.absolute = absolute
-    for layer, encoding in zip(model.layers, made, strict=True):
-        layer.self_attn.encoding = encoding
+    for block, encoding in zip(model.blocks, made, strict=True):
+        block.self_attn.encoding = encoding
     model.config.position_encoding = config.position_encoding
     model.config.position_encoding_options = config.position_encoding_options
 

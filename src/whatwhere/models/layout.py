@@ -206,7 +206,7 @@ def _mask(
     if len(shape) != 2 or shape[0] != batch or (width is not None and shape[1] != width):
         expected = f"({batch}, {'cached and new tokens' if width is None else width})"
         raise ValueError(
-            f"attention_mask has shape {shape}: expected {expected}, 1 for tokens and 0 for padding"
+            f"attention_mask has shape {shape}: expected {expected}, 0 for padding, else 1"
         )
     return attention_mask.to(device) != 0
 

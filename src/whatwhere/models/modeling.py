@@ -1,13 +1,13 @@
 """The decoder: `WhatWhereModel` and, with a language-modelling head, `WhatWhereForCausalLM`.
 
-Pre-norm blocks, RMSNorm, no biases. Attention is `whatwhere.attention` in every layer; none of
-transformers' attention interfaces is used.
+Attention is `whatwhere.attention` in every layer; none of transformers' attention interfaces is
+used.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,126 +15,19 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from whatwhere.attention import attention, encode_keys, encode_queries
 from whatwhere.encodings import Encoding
-from whatwhere.models.cache import LayerCache, choose_form, report_layer
+from whatwhere.models.blocks import ResidualLinear, WhatWhereBlock
+from whatwhere.models.cache import LayerCache, report_layer
 from whatwhere.models.configuration import WhatWhereConfig
 from whatwhere.models.layer_encodings import (
     make_absolute_encoding,
-    make_layer_encoding,
     own_randomness,
     swap_encodings,
 )
-from whatwhere.models.layout import Layout, lay_out
-
-
-class ResidualLinear(nn.Linear):
-    """A projection into the residual stream, which starts smaller: by ``1 / sqrt(2 L)``."""
-
-
-class WhatWhereAttention(nn.Module):
-    """Causal attention of one layer, with the layer's position encoding.
-
-    Args:
-        config: The model's shape.
-        layer: Index of the layer, also in caches.
-    """
-
-    def __init__(self, config: WhatWhereConfig, layer: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer = layer
-        self.head_dim: int = config.head_dim
-        width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, heads, bias=False)
-        self.k_proj = nn.Linear(width, shared, bias=False)
-        self.v_proj = nn.Linear(width, shared, bias=False)
-        self.o_proj = ResidualLinear(heads, width, bias=False)
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.encoding = make_layer_encoding(config, layer)
-
-    def forward(self, hidden: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        """``(B, T, hidden_size)`` to the same."""
-        split = (*hidden.shape[:2], -1, self.head_dim)
-        q = self.q_proj(hidden).view(split)
-        k = self.k_proj(hidden).view(split)
-        v = self.v_proj(hidden).view(split).transpose(1, 2)
-        if self.config.qk_norm:
-            # Autocast runs the norm in float32; attention wants one dtype.
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        out = self._attend(q.transpose(1, 2), k.transpose(1, 2), v, layout, cache)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: Cache | None
-    ) -> Tensor:
-        spec = self.encoding(q.device)
-        query_positions, key_positions = layout.at(spec)
-        if cache is not None:
-            if choose_form(self.config, spec, q.device)[0] == "encoded":
-                q = encode_queries(q, spec, layout.positions)
-                k = encode_keys(k, spec, layout.positions)
-                spec = spec.encoded()
-            keys, values = cache.update(k, v, self.layer)
-            if not layout.fresh:
-                k, v = keys, values
-        return attention(
-            q,
-            k,
-            v,
-            spec,
-            causal=True,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            key_mask=layout.key_mask,
-            segments=layout.segments,
-            window=self.config.sliding_window,
-            backend=self.config.attention_backend,
-        )
-
-
-class WhatWhereMLP(nn.Module):
-    """``down(gelu(up(x)))``, or SwiGLU: ``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, config: WhatWhereConfig) -> None:
-        super().__init__()
-        width, inside = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inside, bias=False) if config.mlp == "swiglu" else None
-        self.up_proj = nn.Linear(width, inside, bias=False)
-        self.down_proj = ResidualLinear(inside, width, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """``(B, T, hidden_size)`` to the same."""
-        up = self.up_proj(hidden)
-        inner = F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(hidden)) * up
-        return self.down_proj(inner)
-
-
-class WhatWhereBlock(GradientCheckpointingLayer):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, with dropout on what is added."""
-
-    def __init__(self, config: WhatWhereConfig, layer: int) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = WhatWhereAttention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = WhatWhereMLP(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self, hidden: Tensor, layout: Layout, past_key_values: Cache | None = None
-    ) -> Tensor:
-        """``(B, T, hidden_size)`` to the same."""
-        mixed = self.self_attn(self.input_layernorm(hidden), layout, past_key_values)
-        hidden = hidden + self.dropout(mixed)
-        return hidden + self.dropout(self.mlp(self.post_attention_layernorm(hidden)))
+from whatwhere.models.layout import lay_out
 
 
 class WhatWherePreTrainedModel(PreTrainedModel):
@@ -153,7 +46,8 @@ class WhatWherePreTrainedModel(PreTrainedModel):
         # torch.nn.init guarded so that loaded ones are left alone: `reset_parameters` goes
         # through it.
         if isinstance(module, Encoding):
-            with own_randomness():
+            encodings = [m for m in self.modules() if isinstance(m, Encoding)]
+            with own_randomness(encodings.index(module)):
                 module.reset_parameters()
         elif isinstance(module, ResidualLinear):
             depth = 2 * self.config.num_hidden_layers
@@ -204,7 +98,7 @@ class WhatWhereModel(WhatWherePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -246,18 +140,20 @@ class WhatWhereModel(WhatWherePreTrainedModel):
                 "output_attentions=True: fused kernels keep no weights; whatwhere.scores gives "
                 "the scores of one layer"
             )
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values = self._cache(past_key_values, use_cache)
         layout = lay_out(
-            *hidden.shape[:2],
+            hidden.shape[0],
+            hidden.shape[1],
             hidden.device,
             attention_mask=attention_mask,
             position_ids=position_ids,
             segment_ids=segment_ids,
             past_key_values=past_key_values,
         )
-        if self.absolute is not None:
-            hidden = hidden + self.absolute.embed(layout.positions).to(hidden.dtype)
+        added = None if self.absolute is None else self.absolute.embed(layout.positions)
+        if added is not None:
+            hidden = hidden + added.to(hidden.dtype)
         hidden = self.dropout(hidden)
         states = [hidden]
         for layer in self.layers:
@@ -290,6 +186,11 @@ class WhatWhereModel(WhatWherePreTrainedModel):
         """
         swap_encodings(self, name, options)
 
+    @property
+    def blocks(self) -> list[WhatWhereBlock]:
+        """The layers, typed."""
+        return [cast(WhatWhereBlock, layer) for layer in self.layers]
+
     def cache_report(self, device: torch.device | str | None = None) -> list[LayerCache]:
         """What each layer keeps in a cache: form of its keys, numbers per token, and why.
 
@@ -299,7 +200,7 @@ class WhatWhereModel(WhatWherePreTrainedModel):
         target = self.device if device is None else torch.device(device)
         return [
             report_layer(self.config, index, layer.self_attn.encoding(self.device), target)
-            for index, layer in enumerate(self.layers)
+            for index, layer in enumerate(self.blocks)
         ]
 
     def _cache(self, given: Any, use_cache: bool | None) -> Cache | None:
@@ -327,7 +228,7 @@ class WhatWhereForCausalLM(WhatWherePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -419,8 +320,7 @@ class WhatWhereForCausalLM(WhatWherePreTrainedModel, GenerationMixin):
         # Allocating in advance assumes keys as wide as values, which polar features are not;
         # None leaves it to the first update.
         wide = any(
-            entry.numbers_per_token
-            != 2 * self.config.num_key_value_heads * self.config.head_dim
+            entry.numbers_per_token != 2 * self.config.num_key_value_heads * self.config.head_dim
             for entry in self.cache_report()
         )
         return None if wide else super()._get_static_cache_init_shape()

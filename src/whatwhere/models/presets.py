@@ -135,7 +135,7 @@ def preset(name: str, **overrides: Any) -> WhatWhereConfig:
     key = name.lower()
     if key not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
-    known = [f.name for f in fields(WhatWhereConfig)]  # type: ignore[arg-type]
+    known = [f.name for f in fields(WhatWhereConfig)]
     for override in overrides:
         if override not in known:
             close = get_close_matches(override, known, n=1)
