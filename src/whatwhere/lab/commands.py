@@ -125,7 +125,7 @@ class Evaluate:
 
         with user_errors():
             run = evaluate_again(self.folder)
-        Console().print(summary(pd.read_csv(run.results, dtype={"encoding": str})))
+        Console().print(summary(pd.read_csv(run.results, converters={"encoding": str})))
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Comparison:
 
     def show(self) -> None:
         """Print loss by length, or accuracy, of all runs in the folder."""
-        table = pd.read_csv(self.folder / "results.csv", dtype={"encoding": str})
+        table = pd.read_csv(self.folder / "results.csv", converters={"encoding": str})
         Console().print(summary(table))
 
     def _one(self, run: Run, source: Run | None) -> None:
