@@ -59,7 +59,9 @@ def test_the_first_position_has_one_token_before_it() -> None:
     assert length_loss(made, given).by_position[0].item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "logits"), [(40, 10**9), (10**9, 4000), (10**9, 1), (80, 10**9)])
+@pytest.mark.parametrize(
+    ("tokens", "logits"), [(40, 10**9), (10**9, 4000), (10**9, 1), (80, 10**9)]
+)
 def test_how_windows_are_batched_does_not_matter(
     tokens: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,9 +92,7 @@ def labelled(count: int, length: int) -> Batch:
 def test_loss_is_weighted_by_targets_not_by_batches() -> None:
     made, whole = model("rope"), labelled(6, 24)
     expected = made(whole.input_ids, labels=whole.labels).loss.item()
-    parts = [
-        Batch(whole.input_ids[i:j], whole.labels[i:j]) for i, j in ((0, 1), (1, 3), (3, 6))
-    ]
+    parts = [Batch(whole.input_ids[i:j], whole.labels[i:j]) for i, j in ((0, 1), (1, 3), (3, 6))]
     for batches in ([whole], parts, reversed(parts)):
         loss, _ = mean_loss(made, batches)
         assert loss == pytest.approx(expected, rel=1e-5)
@@ -156,7 +156,9 @@ def test_tables_of_positions_limit_the_length() -> None:
     assert longest(model("learned", max_length=200)) == 200
     for name in ("rope", "pope", "sinusoidal", "alibi"):
         assert longest(model(name)) is None
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_positions=24, n_embd=8, n_layer=1, n_head=1, vocab_size=50))
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(n_positions=24, n_embd=8, n_layer=1, n_head=1, vocab_size=50)
+    )
     assert longest(gpt2) == 24
     opt = OPTForCausalLM(
         OPTConfig(

