@@ -1,0 +1,25 @@
+"""Every benchmark in turn: ``make bench``. Each can be run by itself, with options."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+NAMES = ("import_time", "indirect_indexing_generation", "attention", "training_step")
+
+
+def main() -> int:
+    folder = Path(__file__).parent
+    failed = []
+    for name in NAMES:
+        print(f"== {name}", flush=True)
+        if subprocess.run([sys.executable, folder / f"{name}.py"], check=False).returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
