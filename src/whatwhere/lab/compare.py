@@ -102,7 +102,7 @@ class Comparison:
 
     def show(self) -> None:
         """Print loss by length, or accuracy, of all runs in the folder."""
-        table = pd.read_csv(self.folder / "results.csv", converters={"encoding": str})
+        table = pd.read_csv(self.folder / "results.csv", dtype={"encoding": str})
         Console().print(summary(table))
 
     def _one(self, run: Run, source: Run | None) -> None:
@@ -178,8 +178,6 @@ class Comparison:
 
         options = dict(choice.options)
         if choice.name == "yarn":
-            if "factor" in options:
-                raise ValueError("yarn's factor follows from the lengths: leave it out")
             options["factor"] = float(self.recipe.evaluation.finetune.factor)
         with torch.device("meta"):
             resolved = EncodingChoice(name=choice.name, options=options)
@@ -270,6 +268,11 @@ def _with_rope_for_yarn(recipe: Recipe) -> Recipe:
     # YaRN is evaluated from a rope run: one is trained even where none is asked for.
     encodings = dict(recipe.encodings)
     for label, choice in recipe.encodings.items():
+        if choice.name == "yarn" and "factor" in choice.options:
+            raise ValueError(
+                f"encoding {label!r}: its factor follows from the lengths (or is that of "
+                "evaluation.finetune): leave it out"
+            )
         if choice.name == "yarn" and _rope_label(recipe, label) not in encodings:
             encodings = {"rope": _rope_of(choice), **encodings}
     return recipe.model_copy(update={"encodings": encodings})
