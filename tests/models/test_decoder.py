@@ -103,6 +103,7 @@ def test_nothing_is_said_that_is_the_default(make, calls):
         use_cache=False,
         pad_token_id=0,
     )
+    model(ids, position_ids=(torch.arange(T) + 7).expand(3, T), use_cache=True)
     assert calls and not any(calls)
 
 
@@ -126,6 +127,37 @@ def test_shifted_and_spread_positions(make):
     spread = model(ids, position_ids=2 * torch.arange(T).expand(3, T)).logits
     assert (spread - plain).abs().max() > 1e-3
     assert (spread[:, :1] - plain[:, :1]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["rope", "alibi"])
+def test_spread_positions_and_padding(make, name):
+    model, ids = make(name, dtype=torch.float64), tokens(batch=1)
+    at = 3 * torch.arange(T - 4)[None]
+    alone = model(ids[:, 4:], position_ids=at).logits
+    mask = (torch.arange(T) >= 4).long()[None]
+    given = torch.nn.functional.pad(at, (4, 0))
+    padded = model(ids, attention_mask=mask, position_ids=given).logits[:, 4:]
+    assert (padded - alone).abs().max() < 1e-9
+    assert (model(ids[:, 4:]).logits - alone).abs().max() > 1e-3
+
+
+def test_length_temperature_follows_positions(make):
+    """Shifted beyond the training length RoPE-ID sharpens, with a cache and without."""
+    model, ids = make("rope-id", dtype=torch.float64), tokens()
+    at = (torch.arange(T) + 100).expand(3, T)
+    shifted = model(ids, position_ids=at)
+    assert (shifted.logits - model(ids).logits).abs().max() > 1e-3
+    cached = model(ids, position_ids=at, use_cache=True)
+    assert (shifted.logits - cached.logits).abs().max() < 1e-9
+
+
+def test_absolute_encodings_take_a_length_temperature(make):
+    ids = tokens()
+    options = {"temperature_length": 4}
+    plain = make("learned")(ids).logits
+    sharpened = make("learned", position_encoding_options=options)(ids).logits
+    assert torch.equal(plain[:, :4], sharpened[:, :4])
+    assert not torch.allclose(plain[:, 4:], sharpened[:, 4:], atol=1e-3)
 
 
 def test_causal(make, encoding):
@@ -189,12 +221,13 @@ def test_low_precision(make, dtype, mlp):
 
 
 def test_qk_norm_comes_before_the_encoding(make):
-    """Scores do not depend on the size of the query projection."""
+    """Scores do not depend on the sizes of the query and key projections."""
     model, ids = make("pope", qk_norm=True, dtype=torch.float64, rms_norm_eps=1e-30), tokens()
     before = model(ids).logits
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 3
+            layer.self_attn.k_proj.weight *= 0.5
     assert (model(ids).logits - before).abs().max() < 1e-9
 
 

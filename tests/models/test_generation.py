@@ -127,6 +127,17 @@ def test_cache_report_says_why(make):
     assert "config" in raw.reason
 
 
+def test_masks_of_static_caches_keep_their_length(make, prompts):
+    """So that a compiled step is compiled once; `generate` hands on whatever this returns."""
+    model, shapes = make(), set()
+    model.model.register_forward_pre_hook(
+        lambda module, args, given: shapes.add(tuple(given["attention_mask"].shape)),
+        with_kwargs=True,
+    )
+    generate(model, *prompts, cache_implementation="static")
+    assert len(shapes) == 1
+
+
 def test_cache_only_when_asked_for(make):
     model, ids = make(), torch.zeros(1, 4, dtype=torch.long)
     assert model(ids).past_key_values is None

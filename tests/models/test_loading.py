@@ -166,6 +166,7 @@ def test_swapping_keeps_options_and_parameters(make):
     assert all(p is before[name] for name, p in deltas(pope).items())
     spec = pope.model.layers[0].self_attn.encoding()
     assert spec.temperature_length == 4 and pope.config.position_encoding_options["delta"]
+    assert not any(module.training for module in pope.modules())
 
 
 def test_swapping_that_would_lose_parameters(make):

@@ -101,11 +101,9 @@ def _alone(
     cached: bool,
 ) -> Layout:
     """Layout of tokens with nothing cached before them."""
-    if mask is not None and not torch.compiler.is_compiling():
-        # Padding on the right comes after every token: causality alone hides it.
-        falls = (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, :1].all()
-        if bool(mask.all() if position_ids is not None else falls):
-            mask = None
+    readable = not torch.compiler.is_compiling()
+    if mask is not None and readable and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        mask = None  # padding on the right comes after every token: causality alone hides it
     if segment_ids is not None:
         positions = _within(segment_ids) if position_ids is None else position_ids
         return Layout(

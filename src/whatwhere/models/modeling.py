@@ -118,9 +118,9 @@ class WhatWhereModel(WhatWherePreTrainedModel):
             attention_mask: ``(B, S)``, 1 for tokens and 0 for padding, left or right; S counts
                 cached tokens.
             position_ids: ``(B, T)``, increasing; by default tokens are counted without padding.
-                Without a mask and a cache, positions that fall back start a new document (as
-                `DataCollatorWithFlattening` of transformers makes them). Encoded caches keep
-                keys at these positions; raw ones count from the mask.
+                Where there is neither padding on the left nor a cache, positions that fall back
+                start a new document (as `DataCollatorWithFlattening` of transformers makes
+                them). Encoded caches keep keys at these positions; raw ones count from the mask.
             past_key_values: Cache of transformers. It is added to.
             inputs_embeds: ``(B, T, hidden_size)`` in place of ``input_ids``.
             use_cache: Whether to make a cache if none is given; by default not, so that
