@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from whatwhere.lab import recipes
+from whatwhere.lab.process import is_main_process
 from whatwhere.lab.recipes import Recipe
 from whatwhere.lab.recipes.files import describe_error
 from whatwhere.lab.storage import disk_errors
@@ -278,6 +279,9 @@ def _compare(
             recipe = recipe.model_copy(update={"data": paths})
         folder = output or Path("runs") / recipe.name
         comparison = Comparison(choose(recipe, labels), folder)
+    if not is_main_process():
+        comparison.run()
+        return
     _announce(comparison)
     report = comparison.run()
     comparison.show()

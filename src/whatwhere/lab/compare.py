@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +16,7 @@ import whatwhere as ww
 from whatwhere.lab import runs, storage
 from whatwhere.lab.data import Task, TextData, TextTask, make_task
 from whatwhere.lab.evaluate import evaluate
+from whatwhere.lab.process import is_main_process
 from whatwhere.lab.recipes.files import from_yaml, to_yaml
 from whatwhere.lab.recipes.schema import EncodingChoice, Recipe
 from whatwhere.lab.runs import Run
@@ -88,7 +88,7 @@ class Comparison:
         """
         from whatwhere.lab.report import build_report
 
-        if not PartialState().is_main_process:
+        if not is_main_process():
             for run, source in self._planned:
                 self._train(run, source)
             return self.folder
@@ -198,7 +198,7 @@ def summary(results: pd.DataFrame) -> Table:
     chosen = results[results["metric"] == metric]
     means = chosen.pivot_table(index="encoding", columns="length", values="value", sort=False)
     means = means[sorted(means.columns)]
-    title = "accuracy" if metric == "accuracy" else "loss, nats per token, by length"
+    title = "accuracy" if metric == "accuracy" else "nats per token"
     table = Table(title=title, title_justify="left")
     table.add_column("encoding")
     for length in means.columns:

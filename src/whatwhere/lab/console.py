@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from whatwhere.lab.process import is_main_process
+
 
 class Display(Protocol):
     """Shows how far a run is."""
@@ -27,7 +29,7 @@ class Display(Protocol):
 
 def display(title: str, steps: int, first: int = 0) -> Display:
     """A bar where standard output is a terminal, plain lines elsewhere."""
-    console = Console()
+    console = Console(quiet=not is_main_process())
     if console.is_terminal:
         return Bar(console, title, steps, first)
     return Lines(console, title, steps)

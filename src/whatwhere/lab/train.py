@@ -9,13 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ from whatwhere.lab import storage
 from whatwhere.lab.console import display
 from whatwhere.lab.data import IGNORED, Batch, Task
 from whatwhere.lab.evaluate import mean_loss, rows_for
+from whatwhere.lab.process import deterministic, stop_signal
 from whatwhere.lab.progress import Progress
 from whatwhere.lab.recipes.schema import EncodingChoice, ModelSettings, TrainingSettings
 from whatwhere.lab.runs import Run
@@ -108,7 +105,7 @@ def train(run: Run, task: Task, initial: Path | None = None) -> None:
         DiskFullError: If there is no space left.
         ValueError: If the batch does not divide among the processes.
     """
-    with _stop_signal() as stopped, _deterministic(run.config.training.deterministic):
+    with stop_signal() as stopped, deterministic(run.config.training.deterministic):
         _Training(run, task, initial).go(stopped)
 
 
@@ -308,10 +305,14 @@ class _Training:
         self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
 
     def _finish(self) -> None:
-        accelerator, progress = self.accelerator, self.progress
+        accelerator = self.accelerator
         weights = accelerator.get_state_dict(self.model)
-        if not accelerator.is_main_process:
-            return
+        if accelerator.is_main_process:
+            self._write(weights)
+        accelerator.wait_for_everyone()
+
+    def _write(self, weights: dict[str, Tensor]) -> None:
+        accelerator, progress = self.accelerator, self.progress
         shutil.rmtree(self.run.model, ignore_errors=True)  # of a kill between here and done.json
         with storage.new_folder(self.run.model) as folder:
             accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
@@ -356,43 +357,3 @@ def _targets(batch: Batch) -> Tensor:
 def _peak_memory(device: torch.device) -> int | None:
     # Of this run alone. On a CPU only the peak of the whole process could be had.
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    # Whether Ctrl-C or SIGTERM came; a second one ends the process at once.
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        for known, old in previous.items():
-            signal.signal(known, old)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    # CPU kernels are deterministic as they are.
-    if not (wanted and torch.cuda.is_available()):
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # a check for bugs that costs time
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        memory.fill_uninitialized_memory = before[1]

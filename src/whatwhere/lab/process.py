@@ -1,0 +1,57 @@
+"""How this process behaves: whether it speaks, how it stops, which kernels it uses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and speaks: the only one, or the first that `torchrun` made."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C or SIGTERM came; a second one acts at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        for known, old in previous.items():
+            signal.signal(known, old)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Use deterministic kernels on a GPU; those of a CPU are as they are."""
+    if not (wanted and torch.cuda.is_available()):
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # a check for bugs that costs time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
