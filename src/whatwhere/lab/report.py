@@ -1,0 +1,298 @@
+"""The report of a comparison: one HTML page that needs nothing but itself, and its figures."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from whatwhere.lab import figures
+from whatwhere.lab.data import TextData
+from whatwhere.lab.findings import best_first, finding
+from whatwhere.lab.layout import save, svg
+from whatwhere.lab.palette import Style, styles, title
+from whatwhere.lab.recipes.schema import Recipe
+from whatwhere.lab.records import Comparison, RunRecord, read_comparison
+from whatwhere.lab.storage import write_text
+from whatwhere.lab.tables import facts_table, loss_table, split_table, state
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure within the page.
+
+    Attributes:
+        name: Stem of its files.
+        caption: What it shows.
+        alt: What it shows, for those who cannot see it.
+        wide: Data URI of the figure for a page.
+        narrow: Data URI of the figure for a telephone.
+    """
+
+    name: str
+    caption: str
+    alt: str
+    wide: str
+    narrow: str
+
+
+def build_report(folder: Path) -> Path:
+    """Write `report.html` and the figures of a comparison, from whatever its folder holds.
+
+    Runs that are missing, unfinished or not evaluated are named in the page. The same folder
+    gives the same page.
+
+    Args:
+        folder: Of the comparison; must hold settings.yaml.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: If it is no such folder, or its settings cannot be read.
+        DiskFullError: If there is no space left.
+    """
+    comparison = read_comparison(folder)
+    path = folder / "report.html"
+    write_text(path, _page(comparison, folder))
+    return path
+
+
+def unit_of(recipe: Recipe) -> str:
+    """The unit of a recipe's losses: nats per byte, per token, or per target of a question."""
+    if isinstance(recipe.data, TextData):
+        return "nats per byte" if recipe.data.tokenizer == "bytes" else "nats per token"
+    return "nats per target"
+
+
+def _page(comparison: Comparison, folder: Path) -> str:
+    recipe, unit = comparison.recipe, unit_of(comparison.recipe)
+    labels = best_first(comparison.results, comparison.labels)
+    styling = styles(comparison.labels)
+    tables = [
+        ("Loss by length", loss_table(comparison, labels, styling, unit)),
+        ("Accuracy and loss", split_table(comparison, labels, styling, unit)),
+    ]
+    environment = Environment(
+        loader=PackageLoader("whatwhere.lab", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sentence = finding(comparison.results, _train_length(recipe), unit, recipe.paper)
+    return environment.get_template("report.html.j2").render(
+        recipe=recipe,
+        finding=sentence or _no_finding(comparison),
+        summary=_summary(comparison, unit),
+        notices=_notices(comparison),
+        pictures=_pictures(comparison, folder, styling, unit, sentence),
+        tables=[(heading, table) for heading, table in tables if table],
+        facts=facts_table(comparison, labels, styling),
+        versions=_versions(comparison),
+        data=_data(comparison),
+        settings=comparison.settings,
+        has_results=(folder / "results.csv").exists(),
+    )
+
+
+def _train_length(recipe: Recipe) -> int:
+    # Only texts have other lengths to compare with.
+    return recipe.data.length if isinstance(recipe.data, TextData) else 0
+
+
+def _pictures(
+    comparison: Comparison,
+    folder: Path,
+    styling: Mapping[str, Style],
+    unit: str,
+    sentence: str | None,
+) -> list[Picture]:
+    pictures: list[Picture] = []
+    for name, caption, draw in _drawings(comparison, styling, unit):
+        try:
+            wide, narrow = draw(False), draw(True)
+        except ValueError:  # nothing to draw yet, which the page says elsewhere
+            continue
+        _, vector = save(wide, folder / name)
+        alt = f"{caption} {sentence}" if sentence and not pictures else caption
+        content = vector.read_text(encoding="utf-8")
+        pictures.append(Picture(name, caption, alt, _uri(content), _uri(svg(narrow))))
+    return pictures
+
+
+def _drawings(
+    comparison: Comparison, styling: Mapping[str, Style], unit: str
+) -> list[tuple[str, str, Callable[[bool], Figure]]]:
+    # Name, caption and how to draw it; the main figure comes first.
+    recipe, results = comparison.recipe, comparison.results
+    logs, positions = comparison.logs(), comparison.positions()
+    training = (
+        "training_curves",
+        "Training loss (line: smoothed; faint: as logged) and validation loss (markers), one line "
+        "a run.",
+        lambda narrow: figures.draw_training_curves(logs, unit, styling, narrow),
+    )
+    if not isinstance(recipe.data, TextData):
+        paper = {
+            label: (found["accuracy"].value, found["accuracy"].spread)
+            for label, found in recipe.paper.items()
+            if "accuracy" in found
+        }
+        beside = "; hollow diamonds: the paper's figures" if paper else ""
+        return [
+            (
+                "accuracy",
+                f"Accuracy on held-out questions, mean and one standard deviation{beside}.",
+                lambda narrow: figures.draw_accuracy(results, paper, styling, narrow),
+            ),
+            (
+                "accuracy_curves",
+                "Validation accuracy during training, one line a run.",
+                lambda narrow: figures.draw_accuracy_curves(logs, styling, narrow),
+            ),
+            training,
+        ]
+    length = recipe.data.length
+    names = unit.split()[-1] + "s"
+    return [
+        (
+            "loss_by_length",
+            f"Loss on validation text in windows of each length, about "
+            f"{recipe.evaluation.tokens:,} {names} a length. Models were trained at {length:,} "
+            f"{names} and not changed{_yarn_note(recipe)}. Length is on a log2 axis.",
+            lambda narrow: figures.draw_loss_by_length(results, length, unit, styling, narrow),
+        ),
+        (
+            "loss_by_position",
+            "Loss by position within the longest windows evaluated, averaged over windows and "
+            "over neighbouring positions.",
+            lambda narrow: figures.draw_loss_by_position(positions, length, unit, styling, narrow),
+        ),
+        training,
+    ]
+
+
+def _yarn_note(recipe: Recipe) -> str:
+    if all(choice.name != "yarn" for choice in recipe.encodings.values()):
+        return ""
+    if recipe.evaluation.yarn == "finetune":
+        steps, factor = recipe.evaluation.finetune.steps, recipe.evaluation.finetune.factor
+        return f", but for YaRN: RoPE's, fine-tuned for {steps:,} steps with factor {factor:g}"
+    return ", but for YaRN: RoPE's, with factor length / training length"
+
+
+def _no_finding(comparison: Comparison) -> str:
+    trained = sum(run.done is not None for run in comparison.runs)
+    begun = sum(run.record is not None for run in comparison.runs)
+    total = len(comparison.runs)
+    return f"No results yet: of {total} runs {begun} have begun and {trained} are trained."
+
+
+def _summary(comparison: Comparison, unit: str) -> list[str]:
+    recipe = comparison.recipe
+    training, shape = recipe.training, recipe.model
+    train_length = _train_length(recipe)
+    length = f" of {train_length:,} {unit.split()[-1]}s" if train_length else ""
+    parts = [
+        f"{_counted(len(recipe.encodings), 'encoding')}, {_counted(len(recipe.seeds), 'seed')}",
+        f"{shape.num_hidden_layers} layers × {shape.hidden_size:,}, "
+        f"{shape.num_attention_heads} heads",
+        f"{training.steps:,} steps × {training.batch_size:,} sequences{length}",
+    ]
+    source = _first(comparison, "data").get("source")
+    return [*parts, *([str(source)] if source else []), *_distinct(comparison, _device_name)]
+
+
+def _notices(comparison: Comparison) -> list[str]:
+    recipe = comparison.recipe
+    notices: list[str] = []
+    open_runs = [
+        run for run in comparison.runs if not run.evaluated and not _known(comparison, run)
+    ]
+    if open_runs:
+        states: dict[str, list[str]] = {}
+        for run in open_runs:
+            states.setdefault(state(run, recipe), []).append(run.name)
+        listed = "; ".join(f"{', '.join(names)} {how}" for how, names in states.items())
+        notices.append(
+            f"Partial: {len(open_runs)} of {_counted(len(comparison.runs), 'run')} without "
+            f"results: {listed}. The same command again goes on from there."
+        )
+    odd = comparison.results[~comparison.results["value"].map(math.isfinite)]
+    names = odd["encoding"].map(title) + ", seed " + odd["seed"].map(str) + ": " + odd["metric"]
+    for name, length in zip(names, odd["length"], strict=True):
+        notices.append(f"{name} at {length:,} is not finite.")
+    for what, found in _versions(comparison):
+        if len(found) > 1:
+            notices.append(f"Runs differ in {what}: {', '.join(found)}.")
+    return notices + comparison.problems
+
+
+def _known(comparison: Comparison, run: RunRecord) -> bool:
+    results = comparison.results
+    return bool(((results["encoding"] == run.label) & (results["seed"] == run.seed)).any())
+
+
+def _versions(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    # What results depend on besides the settings: each with all the values that runs have.
+    names = dict.fromkeys(name for run in comparison.runs for name in _part(run, "versions"))
+    rows = [
+        ("device", _distinct(comparison, _device_name)),
+        ("commit", _distinct(comparison, lambda run: (run.record or {}).get("git_commit"))),
+        *((name, _distinct(comparison, _version_of(name))) for name in names),
+    ]
+    return [(name, found) for name, found in rows if found]
+
+
+def _version_of(package: str) -> Callable[[RunRecord], str | None]:
+    return lambda run: _part(run, "versions").get(package)
+
+
+def _device_name(run: RunRecord) -> str | None:
+    device = _part(run, "device")
+    if not device:
+        return None
+    count, threads = device.get("count", 1), device.get("threads")
+    name = f"{count} × {device.get('name')}" if count > 1 else str(device.get("name"))
+    more = f", {_counted(threads, 'thread')}" if threads else ""
+    return f"{name} ({device.get('type')}{more})"
+
+
+def _data(comparison: Comparison) -> list[tuple[str, str]]:
+    found = _first(comparison, "data")
+    return [
+        (
+            key.replace("_", " "),
+            ", ".join(map(str, value)) if isinstance(value, list) else str(value),
+        )
+        for key, value in found.items()
+    ]
+
+
+def _first(comparison: Comparison, key: str) -> dict[str, Any]:
+    return next((part for run in comparison.runs if (part := _part(run, key))), {})
+
+
+def _part(run: RunRecord, key: str) -> dict[str, Any]:
+    part = (run.record or {}).get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def _distinct(comparison: Comparison, get: Callable[[RunRecord], Any]) -> list[str]:
+    found = (get(run) for run in comparison.runs)
+    return list(dict.fromkeys(str(value) for value in found if value is not None))
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}" + ("" if number == 1 else "s")
+
+
+def _uri(vector: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(vector.encode()).decode()
