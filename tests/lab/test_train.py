@@ -368,7 +368,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(
 
     def full(*args: Any, **kwargs: Any) -> None:
         if list(run.checkpoints.glob("step-*")):  # there is room for one
-            raise RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8")
         real(*args, **kwargs)
 
     usage = type("usage", (), {"free": 0})

@@ -19,7 +19,11 @@ def is_main_process() -> bool:
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C or SIGTERM came; a second one acts at once."""
+    """Yield a function that says whether Ctrl-C or SIGTERM came; a second one acts at once.
+
+    Several processes would stop at different steps and wait for one another: with `torchrun` a
+    signal ends them at once, and the last checkpoint counts.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
     received: list[int] = []
 
@@ -28,7 +32,8 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         for known, old in previous.items():
             signal.signal(known, old)
 
-    if threading.current_thread() is not threading.main_thread():
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not alone or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     previous = {number: signal.signal(number, note) for number in numbers}

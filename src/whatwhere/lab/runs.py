@@ -219,7 +219,7 @@ def load_run(folder: Path) -> Run:
 
 def merge_results(folder: Path, runs: Iterable[Run]) -> pd.DataFrame:
     """Write `results.csv` of a folder from those of its evaluated runs, in their order."""
-    tables = [pd.read_csv(run.results, converters={"encoding": str}) for run in runs if run.evaluated]
+    tables = [pd.read_csv(run.results, dtype={"encoding": str}) for run in runs if run.evaluated]
     merged = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
     write_text(folder / "results.csv", merged.to_csv(index=False))
     return merged

@@ -32,7 +32,7 @@ def quick() -> Recipe:
             warmup_steps=50,
             beta2=0.99,
         ),
-        evaluation=EvaluationSettings(lengths=(128, 256, 512, 1280), tokens=65536),
+        evaluation=EvaluationSettings(lengths=(128, 256, 512, 1280), tokens=65536, examples=512),
         encodings=ENCODINGS,
     )
 
