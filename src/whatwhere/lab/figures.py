@@ -8,7 +8,7 @@ a bar) of one standard deviation on each side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 
 from whatwhere.lab.layout import (
+    LONGEST_NAME,
     RC,
     Canvas,
     End,
@@ -28,6 +29,7 @@ from whatwhere.lab.layout import (
     mark_training_length,
     percent_axis,
     save,
+    shorten,
     step_axis,
 )
 from whatwhere.lab.palette import Style, styles
@@ -147,8 +149,11 @@ def draw_loss_by_length(
     table = _finite(results[results["metric"] == "loss"], "value")
     means = _means(table, "length", "value")
     styling = styling or styles(means)
-    place = canvas("Loss against length", narrow, _titles(styling, means))
-    ends = []
+    ends = [
+        End(mean.index[-1], mean["mean"].iloc[-1], styling[label], f"{mean['mean'].iloc[-1]:.2f}")
+        for label, mean in means.items()
+    ]
+    place = canvas("Loss against length", narrow, ends)
     for label, mean in means.items():
         style = styling[label]
         x, y = mean.index.to_numpy(float), mean["mean"].to_numpy()
@@ -156,7 +161,6 @@ def draw_loss_by_length(
         place.axes.plot(
             x, y, style.dashes, color=style.colour, marker=style.marker, markersize=7, zorder=3
         )
-        ends.append(End(x[-1], y[-1], style, f"{y[-1]:.2f}"))
     _label_loss(place, unit, table)
     place.axes.set_xlabel(f"length of the window, {_plural(unit)}")
     length_axis(place, sorted(set(table["length"])), train_length)
@@ -175,20 +179,24 @@ def draw_loss_by_position(
 ) -> Figure:
     """Draw what `loss_by_position` writes, averaged in bins of equal width on the log2 axis."""
     table = _finite(positions, "loss")
-    octaves = np.floor(np.log2(table["position"].to_numpy(float)) * BINS_PER_OCTAVE)
+    # Counted from the end, so that the last bin is a whole one.
+    octaves = np.log2(table["position"].max() / table["position"].to_numpy(float))
+    octaves = -np.floor(octaves * BINS_PER_OCTAVE)
     grouped = table.assign(bin=octaves).groupby(["encoding", "seed", "bin"], sort=False)
     binned = grouped[["position", "loss"]].mean().reset_index()
     centres = binned.groupby("bin")["position"].mean()
+    last = table.groupby("encoding")["position"].max()
     means = _means(binned, "bin", "loss")
     styling = styling or styles(means)
-    place = canvas("Loss by position in the longest window", narrow, _titles(styling, means))
-    ends = []
+    ends = [
+        End(last[label], mean["mean"].iloc[-1], styling[label]) for label, mean in means.items()
+    ]
+    place = canvas("Loss by position in the longest window", narrow, ends)
     for label, mean in means.items():
         style = styling[label]
         x, y = centres.loc[mean.index].to_numpy(), mean["mean"].to_numpy()
         band(place.axes, x, y, mean["std"].to_numpy(), style)
         place.axes.plot(x, y, style.dashes, color=style.colour, zorder=3)
-        ends.append(End(x[-1], y[-1], style))
     _label_loss(place, unit, table)
     # The first few positions have no context to speak of and would flatten all others.
     settled = binned.loc[binned["position"] >= min(8, table["position"].max()), "loss"]
@@ -207,30 +215,23 @@ def draw_training_curves(
     logs: pd.DataFrame, unit: str, styling: Styles | None = None, narrow: bool = False
 ) -> Figure:
     """Draw what `training_curves` writes."""
-    table = _finite(logs, "loss")
-    labels = list(dict.fromkeys(table["encoding"]))
-    styling = styling or styles(labels)
-    place = canvas("Loss during training", narrow, _titles(styling, labels))
-    settled, ends, start = [], [], SETTLED * table["step"].max()
-    for label in labels:
-        style, last = styling[label], []
-        for _, run in table[table["encoding"] == label].groupby("seed"):
-            smooth = _smoothed(run["loss"])
-            x, raw = _thinned(run["step"]), _thinned(run["loss"])
-            place.axes.plot(x, raw, "-", color=style.colour, alpha=0.18, linewidth=0.7)
-            place.axes.plot(
-                x, _thinned(smooth), style.dashes, color=style.colour, linewidth=1.5, zorder=3
-            )
-            settled.append(smooth[run["step"] >= start])
-            last.append((run["step"].iloc[-1], smooth.iloc[-1]))
-            if "validation_loss" in run:
-                known = _known(run, "validation_loss")
-                _points(place, known["step"], known["validation_loss"], style)
-                settled.append(
-                    known["validation_loss"][known["step"] > SETTLED * run["step"].max()]
-                )
-        x_end, y_end = max(step for step, _ in last), float(np.mean([y for _, y in last]))
-        ends.append(End(x_end, y_end, style))
+    table = _finite(logs, "loss").sort_values("step", kind="stable")
+    runs = table.groupby(["encoding", "seed"], sort=False)
+    table = table.assign(smooth=runs["loss"].transform(_smoothed))
+    styling = styling or styles(table["encoding"])
+    ends = _run_ends(table, "smooth", styling)
+    place = canvas("Loss during training", narrow, ends)
+    settled, start = [], SETTLED * table["step"].max()
+    for (label, _), run in table.groupby(["encoding", "seed"], sort=False):
+        style = styling[str(label)]
+        x, raw, smooth = (_thinned(run[column]) for column in ("step", "loss", "smooth"))
+        place.axes.plot(x, raw, "-", color=style.colour, alpha=0.18, linewidth=0.7)
+        place.axes.plot(x, smooth, style.dashes, color=style.colour, linewidth=1.5, zorder=3)
+        settled.append(run.loc[run["step"] >= start, "smooth"])
+        if "validation_loss" in run:
+            known = _known(run, "validation_loss")
+            _points(place, known["step"], known["validation_loss"], style)
+            settled.append(known.loc[known["step"] >= start, "validation_loss"])
     place.axes.set_ylabel(f"loss, {unit}")
     place.note("line: training loss, smoothed; faint: as logged; markers: validation loss")
     _limit(place, pd.concat(settled))
@@ -253,21 +254,16 @@ def draw_accuracy_curves(
     Raises:
         ValueError: If there is no accuracy.
     """
-    table = _known(_finite(logs, "validation_accuracy"), "validation_accuracy")
-    labels = list(dict.fromkeys(table["encoding"]))
-    styling = styling or styles(labels)
-    place = canvas("Accuracy during training", narrow, _titles(styling, labels))
-    ends = []
-    for label in labels:
-        style, last = styling[label], []
-        for _, run in table[table["encoding"] == label].groupby("seed"):
-            x, y = run["step"], 100 * run["validation_accuracy"]
-            place.axes.plot(x, y, style.dashes, color=style.colour, linewidth=1.5, zorder=3)
-            if len(run) <= MOST_MARKERS:
-                _points(place, x, y, style)
-            last.append((x.iloc[-1], y.iloc[-1]))
-        x_end, y_end = max(step for step, _ in last), float(np.mean([y for _, y in last]))
-        ends.append(End(x_end, y_end, style))
+    table = _finite(logs, "validation_accuracy")
+    table = table.sort_values("step", kind="stable")
+    styling = styling or styles(table["encoding"])
+    ends = _run_ends(table.assign(y=100 * table["validation_accuracy"]), "y", styling)
+    place = canvas("Accuracy during training", narrow, ends)
+    for (label, _), run in table.groupby(["encoding", "seed"], sort=False):
+        style, x, y = styling[str(label)], run["step"], 100 * run["validation_accuracy"]
+        place.axes.plot(x, y, style.dashes, color=style.colour, linewidth=1.5, zorder=3)
+        if len(run) <= MOST_MARKERS:
+            _points(place, x, y, style)
     place.axes.set_ylabel("validation accuracy, %")
     place.note("one line a run")
     percent_axis(place.axes.yaxis)
@@ -290,8 +286,10 @@ def draw_accuracy(
     found = found.sort_values("mean", ascending=False, kind="stable")
     paper = {label: value for label, value in (paper or {}).items() if label in found.index}
     styling = styling or styles(found.index)
-    ends = [End(100 * mean, 0, styling[str(label)]) for label, mean in found["mean"].items()]
-    names = [f"{end.text()}  {end.x:.1f}" for end in ends]
+    names = [
+        f"{shorten(styling[str(label)].title, 14 if narrow else LONGEST_NAME)}  {100 * mean:.1f}"
+        for label, mean in found["mean"].items()
+    ]
     room = 0.25 + 0.085 * max(map(len, names))
     place = canvas("Accuracy", narrow, rows=len(found), left=room)
     axes = place.axes
@@ -387,8 +385,11 @@ def _bar(axes: Any, row: float, mean: float, deviation: float, colour: str) -> N
     axes.errorbar(mean, row, xerr=deviation, color=colour, capsize=3, linewidth=1.4, zorder=3)
 
 
-def _titles(styling: Styles, labels: Iterable[str]) -> list[str]:
-    return [styling[label].title for label in labels]
+def _run_ends(table: pd.DataFrame, column: str, styling: Styles) -> list[End]:
+    # Where the runs of each encoding end: the last step of any, the mean of their last values.
+    last = table.groupby(["encoding", "seed"], sort=False)[["step", column]].last()
+    ends = last.groupby("encoding", sort=False).agg({"step": "max", column: "mean"})
+    return [End(step, y, styling[str(label)]) for label, step, y in ends.itertuples()]
 
 
 def _plural(unit: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from whatwhere.lab.palette import title
@@ -40,7 +41,8 @@ def changes(results: pd.DataFrame, train_length: int) -> pd.DataFrame:
     base = chosen[chosen["length"] == train_length].set_index(["encoding", "seed"])["value"]
     base = base[~base.index.duplicated()]
     pairs = pd.MultiIndex.from_frame(chosen[["encoding", "seed"]])
-    relative = chosen["value"].to_numpy() / base.reindex(pairs).to_numpy() - 1
+    with np.errstate(invalid="ignore"):  # of runs that diverged
+        relative = chosen["value"].to_numpy() / base.reindex(pairs).to_numpy() - 1
     known = chosen.assign(change=relative).dropna(subset="change")
     return _over_seeds(known, "change")
 

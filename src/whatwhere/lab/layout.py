@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.style import context
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from whatwhere.lab.palette import Style
@@ -46,12 +46,12 @@ RC: dict[str, Any] = {
 """Settings of matplotlib that every figure is drawn with; all others are its defaults."""
 
 LONGEST_NAME = 32
-"""Characters of a label that are shown."""
+"""Characters of a name that are shown."""
 
 
 @dataclass(frozen=True)
 class End:
-    """Where a line ends, and its label.
+    """Where a line ends, and what is written there.
 
     Attributes:
         x: Of the last point.
@@ -65,11 +65,15 @@ class End:
     style: Style
     value: str = ""
 
-    def text(self, more: str = "") -> str:
-        """The label, cut where it would be too long."""
-        name = self.style.title
-        name = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
-        return "  ".join(part for part in (name, f"{self.value} {more}".strip()) if part)
+    @property
+    def name(self) -> str:
+        """Its name, cut where it would be too long."""
+        return shorten(self.style.title, LONGEST_NAME)
+
+    def text(self, furthest: float) -> str:
+        """Name and value, and where the line ends if that is before `furthest`."""
+        where = f"at {self.x:,.0f}" if self.x < furthest else ""
+        return "  ".join(part for part in (self.name, f"{self.value} {where}".strip()) if part)
 
 
 @dataclass(frozen=True)
@@ -98,24 +102,24 @@ class Canvas:
 
 
 def canvas(
-    title: str, narrow: bool, names: Sequence[str] = (), rows: int = 0, left: float = 0.75
+    title: str, narrow: bool, ends: Sequence[End] = (), rows: int = 0, left: float = 0.75
 ) -> Canvas:
     """A figure of fixed size in which there is room for what goes around the axes.
 
     Args:
         title: Above the axes.
         narrow: 4 inches wide in place of 10.
-        names: Of lines that will be labelled: at their right on a wide canvas, below on a narrow.
+        ends: Of lines that will be labelled: at their right on a wide canvas, below on a narrow.
         rows: Rows of a dot plot, which decide its height; 0 for other plots.
         left: Inches left of the axes.
     """
     width = 4.0 if narrow else 10.0
-    longest = min(LONGEST_NAME, max(map(len, names), default=0))
-    legend = 0.2 * -(-len(names) // _legend_columns(longest)) + 0.1 if narrow and names else 0.0
+    longest = max(map(len, _texts(ends)), default=0)
+    legend = 0.2 * -(-len(ends) // _legend_columns(longest)) + 0.1 if narrow and ends else 0.0
     inner = 0.42 * rows + 0.4 if rows else (2.6 if narrow else 3.9)
     top, bottom = (0.62, 0.55) if narrow else (0.85, 0.6)
-    beside = 0.95 + 0.095 * longest if names and not narrow else 0.15
-    left, right = left - 0.15 * narrow, beside
+    left -= 0.15 * narrow
+    right = 0.35 + 0.097 * longest if ends and not narrow else 0.3
     height = top + inner + bottom + legend
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -131,6 +135,11 @@ def canvas(
         start, 1 - 0.2 / height, title, fontsize=11 if narrow else 12, weight="bold", va="center"
     )
     return Canvas(figure, axes, narrow, start)
+
+
+def shorten(name: str, most: int) -> str:
+    """A name of at most so many characters."""
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def band(axes: Any, x: Any, y: Any, deviation: Any, style: Style) -> None:
@@ -209,11 +218,11 @@ def end_labels(place: Canvas, ends: Sequence[End]) -> None:
     box, (low, high) = axes.get_window_extent(), axes.get_ylim()
     wanted = [axes.transData.transform((end.x, end.y))[1] for end in ranked]
     heights = spread(wanted, gap, box.y0 + gap / 2, box.y1 - gap / 2)
-    for end, height in zip(ranked, heights, strict=True):
-        share, style, whole = (height - box.y0) / box.height, end.style, end.x == furthest
+    for end, text, height in zip(ranked, _texts(ranked), heights, strict=True):
+        share, style = (height - box.y0) / box.height, end.style
         line = {"arrowstyle": "-", "color": style.colour, "linewidth": 0.8, "relpos": (0, 0.5)}
         axes.annotate(
-            end.text("" if whole else f"at {end.x:,.0f}"),
+            text,
             (end.x, min(max(end.y, low), high)),
             xytext=(1.03, share),
             textcoords="axes fraction",
@@ -221,9 +230,9 @@ def end_labels(place: Canvas, ends: Sequence[End]) -> None:
             color=style.ink,
             weight="bold",
             annotation_clip=False,
-            arrowprops={**line, "shrinkA": 2, "shrinkB": 6} if whole else None,
+            arrowprops={**line, "shrinkA": 2, "shrinkB": 6} if end.x == furthest else None,
         )
-        if not whole:
+        if end.x < furthest:
             marker = {"color": style.colour, "marker": style.marker, "clip_on": False}
             axes.plot([1.015], [share], transform=axes.transAxes, markersize=6, **marker)
 
@@ -237,7 +246,8 @@ def save(figure: Figure, path_stem: Path) -> list[Path]:
     png = path_stem.with_name(path_stem.name + ".png")
     vector = path_stem.with_name(path_stem.name + ".svg")
     content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content, metadata={"Software": None}, pil_kwargs=None)
+    with context(RC, after_reset=True):
+        FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
     temporary = png.with_name(f".{png.name}.partial")
     with disk_errors(png):
         png.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +263,8 @@ def save(figure: Figure, path_stem: Path) -> list[Path]:
 def svg(figure: Figure) -> str:
     """A figure as SVG whose text is drawn as paths: the same everywhere, and without a date."""
     content = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "whatwhere", "svg.fonttype": "path"}):
+    fixed = {**RC, "svg.hashsalt": "whatwhere", "svg.fonttype": "path"}
+    with context(fixed, after_reset=True):  # ticks are made only now
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     return content.getvalue().decode()
 
@@ -288,13 +299,18 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
+def _texts(ends: Sequence[End]) -> list[str]:
+    furthest = max((end.x for end in ends), default=0)
+    return [end.text(furthest) for end in ends]
+
+
 def _legend(place: Canvas, ends: Sequence[End]) -> None:
-    axes = place.axes
-    for end in ends:
+    texts = _texts(ends)
+    for end, text in zip(ends, texts, strict=True):
         style = end.style
         line = {"color": style.colour, "marker": style.marker, "linestyle": style.dashes}
-        axes.plot([], [], label=end.text(), markersize=6, **line)
-    longest = max(len(end.style.title) for end in ends)
+        place.axes.plot([], [], label=text, markersize=6, **line)
+    longest = max(map(len, texts))
     place.figure.legend(
         loc="lower left",
         bbox_to_anchor=(0.02, 0.0),
@@ -308,7 +324,7 @@ def _legend(place: Canvas, ends: Sequence[End]) -> None:
 
 
 def _legend_columns(longest: int) -> int:
-    return 2 if longest <= 14 else 1
+    return 2 if longest <= 16 else 1
 
 
 def _with_room(place: Canvas, lengths: Sequence[int], train_length: int | None) -> list[int]:

@@ -50,10 +50,9 @@ class RunRecord:
 
     @property
     def steps(self) -> int:
-        """Steps it has taken, as far as its log says."""
-        if self.done is not None:
-            return int(self.done["steps"])
-        return 0 if self.log.empty else int(self.log["step"].iloc[-1])
+        """Steps it has taken, as far as they are recorded."""
+        logged = 0 if self.log.empty else self.log["step"].iloc[-1]
+        return int((self.done or {}).get("steps", logged))
 
     def planned_steps(self, otherwise: int) -> int:
         """Steps it is to take; a fine-tuned run has fewer than its recipe says."""

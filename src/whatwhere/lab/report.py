@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
@@ -164,7 +164,7 @@ def _drawings(
     return [
         (
             "loss_by_length",
-            f"Loss on validation text in windows of each length, about "
+            "Loss on validation text in windows of each length, up to "
             f"{recipe.evaluation.tokens:,} {names} a length. Models were trained at {length:,} "
             f"{names} and not changed{_yarn_note(recipe)}. Length is on a log2 axis.",
             lambda narrow: figures.draw_loss_by_length(results, length, unit, styling, narrow),
@@ -202,8 +202,8 @@ def _summary(comparison: Comparison, unit: str) -> list[str]:
     length = f" of {train_length:,} {unit.split()[-1]}s" if train_length else ""
     parts = [
         f"{_counted(len(recipe.encodings), 'encoding')}, {_counted(len(recipe.seeds), 'seed')}",
-        f"{shape.num_hidden_layers} layers × {shape.hidden_size:,}, "
-        f"{shape.num_attention_heads} heads",
+        f"{_counted(shape.num_hidden_layers, 'layer')} × {shape.hidden_size:,}, "
+        f"{_counted(shape.num_attention_heads, 'head')}",
         f"{training.steps:,} steps × {training.batch_size:,} sequences{length}",
     ]
     source = _first(comparison, "data").get("source")
@@ -225,7 +225,7 @@ def _notices(comparison: Comparison) -> list[str]:
             f"Partial: {len(open_runs)} of {_counted(len(comparison.runs), 'run')} without "
             f"results: {listed}. The same command again goes on from there."
         )
-    odd = comparison.results[~comparison.results["value"].map(math.isfinite)]
+    odd = comparison.results[~np.isfinite(comparison.results["value"].astype(float))]
     names = odd["encoding"].map(title) + ", seed " + odd["seed"].map(str) + ": " + odd["metric"]
     for name, length in zip(names, odd["length"], strict=True):
         notices.append(f"{name} at {length:,} is not finite.")

@@ -148,7 +148,6 @@ def facts_table(
         done = run.done or {}
         seconds = done.get("seconds", _last(run, "seconds"))
         cells = [
-            Cell(state(run, comparison.recipe)),
             Cell(_count(run.steps or None)),
             Cell(duration(seconds), _pace(seconds, run.steps)),
             Cell(_number(values.get("validation_loss", _last(run, "validation_loss")), 3)),
@@ -160,10 +159,10 @@ def facts_table(
         if any((other.done or {}).get("peak_memory_bytes") for other in runs):
             cells.append(Cell(memory(done.get("peak_memory_bytes"))))
         style = styling[run.label]
-        rows.append(Row(style.title, f"seed {run.seed}", style.colour, cells))
+        below = f"seed {run.seed}, {state(run, comparison.recipe)}"
+        rows.append(Row(style.title, below, style.colour, cells))
     at = f"position tables at {longest:,}" if longest > 0 else "position tables"
     names = [
-        "state",
         "steps",
         "time",
         "validation loss",
