@@ -40,6 +40,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BACKENDS = tuple(ww.BACKENDS)
 
+# One case of each kind of score, for what does not hang on the encoding itself.
+SCORES = ("pope", "pope/quarter-raw", "rope", "rope/half", "alibi", "nope")
+
 
 def make(case: str, head_dim: int = 16, num_heads: int = 4, **options: Any) -> ww.Encoding:
     """The encoding of a case, its phases somewhere inside their bounds."""

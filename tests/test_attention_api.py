@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import whatwhere as ww
-from encoding_cases import BACKENDS, CASES, KINDS, make, make_spec, refusal, tensors
+from encoding_cases import BACKENDS, CASES, KINDS, SCORES, make, make_spec, refusal, tensors
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -62,7 +62,7 @@ def test_flex_has_no_backward_on_a_cpu_and_says_so() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SCORES)
 def test_auto_takes_every_call_and_does_what_explain_says(
     case: str, gradient: bool, kind: str
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import whatwhere as ww
-from encoding_cases import KINDS, make, pairs, refusal, tensors
+from encoding_cases import CASES, KINDS, make, pairs, refusal, tensors
 
 B, H, G, T, D = 2, 4, 2, 9, 16
 
@@ -45,8 +45,13 @@ def run_both(
         torch.testing.assert_close(got, wanted, **tolerance)
 
 
-@pairs("in_order")
-def test_compiles_whole(case: str, backend: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_every_encoding_compiles_whole(case: str) -> None:
+    run_both(case, "auto", "aot_eager", True, torch.float64, causal=True)
+
+
+@pairs("in_order", cases=("pope/quarter-raw", "rope", "alibi"))
+def test_every_backend_compiles_whole(case: str, backend: str) -> None:
     gradient = refusal(case, backend, "in_order", gradient=True) is None
     run_both(case, backend, "aot_eager", gradient, torch.float64, causal=True)
 
@@ -83,6 +88,16 @@ def test_one_graph_serves_a_growing_cache(case: str) -> None:
         part = q, k[:, :, :total], v[:, :, :total]
         torch.testing.assert_close(compiled(*part), step(*part), rtol=1e-9, atol=1e-10)
     assert len(graphs) <= 3
+
+
+def test_operators_of_our_own_are_registered_in_full() -> None:
+    """Schema, fake and autograd of each; what `torch.compile` relies on."""
+    q, k, v = tensors((2, 3, 40, 6), (2, 50, 6), (2, 50, 4))
+    for x in (q, k, v):
+        x.requires_grad_()
+    for causal in (True, False):
+        found = torch.library.opcheck(torch.ops.whatwhere.rows_forward, (q, k, v, 0.3, causal))
+        assert set(found.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", ["sinusoidal", "learned"])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from mpmath import mp, mpf
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import whatwhere as ww
 from encoding_cases import CASES, TRAIN_LENGTH, cold, make, make_spec
@@ -54,7 +55,8 @@ def channel_scores(spec: ww.ScoreSpec, d: int, at_q: Tensor, at_k: Tensor) -> Te
     shown[torch.arange(count), torch.arange(count)] = own
     parts = []
     for phase in (0.0, -math.pi / 2):
-        fixed = replace(spec, phase=torch.full((1, count), phase).double())
+        # Every channel shows its phase here, so nothing is promised about which of them turn.
+        fixed = replace(spec, turning=None, phase=torch.full((1, count), phase).double())
         parts.append(run(shown, shown, fixed) / size**2)
     return torch.complex(*parts)
 
@@ -203,6 +205,26 @@ def test_default_dtype_and_autocast_leave_angles_alone(case: str, dtype: torch.d
             assert torch.equal(ww.encode_keys(k, make(case)(), at), wanted)
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("case", TURNING)
+def test_a_first_call_in_inference_mode_leaves_training_possible(case: str) -> None:
+    encoding = make(case)
+    with torch.inference_mode():
+        encoding()
+    q = torch.randn(1, 4, 5, 16, requires_grad=True)
+    ww.attention(q, q, q, encoding(), causal=True).sum().backward()
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize("case", TURNING)
+def test_a_first_call_on_fake_tensors_leaves_real_ones_possible(case: str) -> None:
+    """Memory estimators run a model on fake tensors first; nothing fake may stay behind."""
+    encoding = make(case)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        encoding()
+    q = torch.randn(1, 4, 5, 16)
+    ww.attention(q, q, q, encoding(), causal=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -13,12 +13,9 @@ from torch import Tensor
 
 import closed_form as cf
 import whatwhere as ww
-from encoding_cases import CASES, KINDS, hot, make_spec, pairs, refusal, tensors
+from encoding_cases import KINDS, SCORES, hot, make_spec, pairs, refusal, tensors
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-# One case of each kind of score; every case meets every backend in test_laws.py.
-KINDS_OF_SCORE = ("pope", "pope/quarter-raw", "rope", "rope/half", "alibi", "nope")
 
 
 def same(got: Tensor, wanted: Tensor) -> None:
@@ -80,7 +77,7 @@ def test_one_channel_where_the_encoding_allows_it(case: str, backend: str) -> No
     same(got, ww.attention(q, k, v, spec, causal=True, backend="reference"))
 
 
-@pairs("in_order", cases=KINDS_OF_SCORE)
+@pairs("in_order", cases=SCORES)
 @pytest.mark.parametrize("width", [1, 5, 40])
 def test_values_of_another_width(case: str, backend: str, width: int) -> None:
     q, k, v = tensors((2, 2, 6, 16), (2, 1, 6, 16), (2, 1, 6, width))
@@ -95,23 +92,26 @@ def test_values_of_another_width(case: str, backend: str, width: int) -> None:
         same(out[..., column : column + 1], alone)
 
 
-@pytest.mark.parametrize("backend", ww.BACKENDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ["auto", *ww.BACKENDS])
+@pytest.mark.parametrize("case", SCORES)
 @pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
-def test_empty_inputs(empty: str, case: str, backend: str) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_empty_inputs(causal: bool, empty: str, case: str, backend: str) -> None:
     batch, length, total = (
         0 if empty == "batch" else 2,
-        0 if empty == "queries" else 3,
-        0 if empty == "keys" else 5,
+        0 if empty == "queries" else 40,
+        0 if empty == "keys" else 50,
     )
     q, k, v = tensors((batch, 4, length, 8), (batch, 2, total, 8), (batch, 2, total, 6))
-    at = {"query_positions": torch.arange(length), "key_positions": torch.arange(total)}
+    call: dict[str, Any] = {"spec": make_spec(case, 8, 4), "causal": causal, "backend": backend}
+    if length > total:  # there is no default then
+        call["query_positions"] = torch.arange(length)
     for x in (q, k, v):
         x.requires_grad_()
     try:
-        out = ww.attention(q, k, v, make_spec(case, 8, 4), causal=True, backend=backend, **at)
+        out = ww.attention(q, k, v, **call)
     except ww.UnsupportedError as error:
-        assert backend not in ("reference", "sdpa"), error
+        assert backend not in ("auto", "reference", "sdpa"), error
         return
     assert out.shape == (batch, 4, length, 6)
     assert (out == 0).all()
@@ -181,7 +181,7 @@ def test_a_query_that_sees_nothing_gets_zero_gradient(
         assert grad.isfinite().all()
 
 
-@pairs("masked", dtype=torch.float32, cases=KINDS_OF_SCORE)
+@pairs("masked", dtype=torch.float32, cases=SCORES)
 def test_a_batch_in_which_nothing_is_seen(case: str, backend: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         if refusal(case, backend, "masked", dtype=dtype) is None:
@@ -196,7 +196,7 @@ def strided(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@pairs("in_order", cases=KINDS_OF_SCORE)
+@pairs("in_order", cases=SCORES)
 def test_non_contiguous_inputs(case: str, backend: str) -> None:
     q, k, v = tensors((2, 4, 7, 8), (2, 2, 7, 8), (2, 2, 7, 8))
     spec = hot(make_spec(case, 8, 4))
@@ -236,7 +236,7 @@ def test_inputs_are_left_as_they_are(case: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SCORES)
 @pytest.mark.parametrize("kind", ["in_order", "masked", "positions"])
 def test_huge_inputs_give_finite_outputs(kind: str, case: str, dtype: torch.dtype) -> None:
     q, k, v = tensors((2, 2, 9, 16), (2, 2, 9, 16), (2, 2, 9, 16), dtype=dtype)
@@ -251,7 +251,7 @@ def test_huge_inputs_give_finite_outputs(kind: str, case: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("kind", ["in_order", "masked"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SCORES)
 def test_huge_inputs_give_finite_gradients(case: str, kind: str) -> None:
     start = tensors((2, 2, 9, 16), (2, 2, 9, 16), (2, 2, 9, 16), dtype=torch.float32)
     call, spec = KINDS[kind](2, 9), make_spec(case, 16, 2)
@@ -262,6 +262,20 @@ def test_huge_inputs_give_finite_gradients(case: str, kind: str) -> None:
             for x in (q, k, v):
                 assert x.grad is not None
                 assert x.grad.isfinite().all(), backend
+
+
+@pytest.mark.parametrize("backend", ww.BACKENDS)
+def test_a_channel_of_minus_infinity_is_a_magnitude_of_nothing(backend: str) -> None:
+    gradient = refusal("pope", backend, "in_order", gradient=True) is None
+    q, k, v = tensors((1, 2, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8))
+    spec, found = make_spec("pope", 8, 2), []
+    for nothing in (float("-inf"), -1e3):
+        given = [x.clone().index_fill(-1, torch.tensor([3]), nothing) for x in (q, k)]
+        leaves = [x.requires_grad_(gradient) for x in given]
+        out = ww.attention(*leaves, v, spec, causal=True, backend=backend)
+        found.append([out, *(torch.autograd.grad(out.sum(), leaves) if gradient else ())])
+    for got, wanted in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @st.composite
@@ -292,7 +306,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     return call
 
 
-@pytest.mark.parametrize("case", KINDS_OF_SCORE)
+@pytest.mark.parametrize("case", ["pope", "rope/half", "alibi"])
 @settings(
     max_examples=15,
     deadline=None,

@@ -11,6 +11,7 @@ import torch
 
 import whatwhere as ww
 from encoding_cases import CASES, make, make_spec, tensors
+from whatwhere.encodings import options
 
 FREQUENCIES = torch.tensor([[1.0, 0.1, 0.01]], dtype=torch.float64)
 ROTATE: dict[str, Any] = {"feature": "rotate", "scale": 0.5, "inv_freq": FREQUENCIES}
@@ -151,3 +152,9 @@ def test_scale_is_an_option_and_one_over_root_d_by_default(case: str) -> None:
     spec, doubled = (dataclasses.replace(s, phase=None, slopes=None) for s in (spec, doubled))
     assert doubled.scale == pytest.approx(2 * spec.scale)
     torch.testing.assert_close(ww.scores(q, k, doubled), 2 * ww.scores(q, k, spec))
+
+
+@pytest.mark.parametrize("name", ww.ENCODINGS)
+def test_temperature_and_scale_are_options_of_every_encoding(name: str) -> None:
+    assert {"temperature_length", "scale"} <= set(options(name))
+    assert make_spec(name, temperature_length=77).temperature_length == 77
