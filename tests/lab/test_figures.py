@@ -129,6 +129,13 @@ def test_band_is_one_standard_deviation_and_absent_for_one_seed() -> None:
     assert heights.max() == pytest.approx(np.mean(at_end) + np.std(at_end, ddof=1))
 
 
+def test_losses_that_hardly_change_look_flat() -> None:
+    table = results(("pope",), seeds=1)
+    table["value"] = 2 + 0.001 * table.index
+    low, high = figures.draw_loss_by_length(table, 128, UNIT).axes[0].get_ylim()
+    assert high - low == pytest.approx(0.2, rel=0.05) and (low + high) / 2 == pytest.approx(2.0015)
+
+
 def test_without_a_training_length_nothing_is_marked() -> None:
     axes = figures.draw_loss_by_length(results(), None, "nats per token").axes[0]
     assert not [t for t in axes.texts if "trained" in t.get_text()]

@@ -47,6 +47,8 @@ PAPER: dict[str, Any] = {
 BINS_PER_OCTAVE = 12
 MOST_POINTS = 400
 MOST_MARKERS = 25
+LEAST_SPAN = 0.1
+"""Least height of the axis of losses by length, as a share of the highest: flat looks flat."""
 SETTLED = 0.1
 """Part of a training run that does not count for the limits of its axis: it falls steeply."""
 
@@ -162,6 +164,9 @@ def draw_loss_by_length(
             x, y, style.dashes, color=style.colour, marker=style.marker, markersize=7, zorder=3
         )
     _label_loss(place, unit, table)
+    low, high = place.axes.get_ylim()
+    more = max(0.0, LEAST_SPAN * high - (high - low)) / 2
+    place.axes.set_ylim(low - more, high + more)
     place.axes.set_xlabel(f"length of the window, {_plural(unit)}")
     length_axis(place, sorted(set(table["length"])), train_length)
     mark_training_length(place, train_length)
@@ -356,7 +361,7 @@ def _label_loss(place: Canvas, unit: str, table: pd.DataFrame) -> None:
     seeds = table.groupby("encoding")["seed"].nunique()
     few, many = seeds.min(), seeds.max()
     if many == 1:
-        place.note("one seed")
+        place.note("one seed" if len(seeds) > 1 else "")
         return
     count = f"{many}" if few == many else f"{few} to {many}"
     place.note(f"mean over {count} seeds; band: one standard deviation")
