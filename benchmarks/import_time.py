@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import tyro
+
 from interleaved import write
 
 AIM = 0.3

@@ -25,8 +25,9 @@ from comparison_folder import (
     write_run,
     write_settings,
 )
-from whatwhere.lab import recipes, report
+from whatwhere.lab import recipes
 from whatwhere.lab.report import build_report
+from whatwhere.lab.report import page as report
 
 LABELS = ("rope", "yarn", "rope-id", "pope")
 
@@ -331,6 +332,6 @@ def test_a_folder_that_is_no_comparison_is_refused(tmp_path: Path) -> None:
 
 
 def test_templates_are_part_of_the_package() -> None:
-    folder = resources.files("whatwhere.lab") / "templates"
+    folder = resources.files("whatwhere.lab.report") / "templates"
     names = {path.name for path in folder.iterdir()}
     assert names >= {"report.html.j2", "table.html.j2", "report.css"}

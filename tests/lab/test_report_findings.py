@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whatwhere.lab.findings import best_first, changes, finding, percent, statistics
 from whatwhere.lab.recipes import PaperFigure
-from whatwhere.lab.tables import duration, memory
+from whatwhere.lab.report.findings import best_first, changes, finding, percent, statistics
+from whatwhere.lab.report.tables import duration, memory
 
 UNIT = "nats per token"
 COLUMNS = ["encoding", "seed", "metric", "length", "value"]

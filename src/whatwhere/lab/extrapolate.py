@@ -121,7 +121,7 @@ def write(found: Sequence[LengthLoss], folder: Path, subject: Subject) -> list[P
     Raises:
         DiskFullError: If there is no space left.
     """
-    from whatwhere.lab import figures
+    from whatwhere.lab.report import figures
 
     by_length, by_position = folder / "loss_by_length.csv", folder / "loss_by_position.csv"
     rows = [

@@ -41,28 +41,23 @@ class Interrupted(storage.RunError):
 def build_model(shape: ModelSettings, task: Task, choice: EncodingChoice, seed: int) -> Any:
     """A decoder for a task, with weights drawn from a seed.
 
-    Weights that do not belong to the encoding are the same for every encoding.
+    Weights that do not belong to the encoding are the same for every encoding, since encodings
+    draw theirs from random numbers of their own (`whatwhere.models.layer_encodings`).
 
     Raises:
         ValueError: If the encoding or the shape is impossible.
     """
     from whatwhere.models import WhatWhereConfig, WhatWhereForCausalLM
 
-    def draw(name: str, options: dict[str, Any]) -> Any:
-        set_seed(seed)
-        config = WhatWhereConfig(
-            **shape.model_dump(),
-            vocab_size=task.vocab_size,
-            max_position_embeddings=task.length,
-            position_encoding=name,
-            position_encoding_options=options,
-        )
-        return WhatWhereForCausalLM(config)
-
-    model = draw(choice.name, dict(choice.options))
-    # An encoding that draws numbers (a table, a uniform delta) would shift all later draws.
-    model.load_state_dict(draw("nope", {}).state_dict(), strict=False)
-    return model
+    set_seed(seed)
+    config = WhatWhereConfig(
+        **shape.model_dump(),
+        vocab_size=task.vocab_size,
+        max_position_embeddings=task.length,
+        position_encoding=choice.name,
+        position_encoding_options=dict(choice.options),
+    )
+    return WhatWhereForCausalLM(config)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -12,15 +12,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from whatwhere.lab import figures
 from whatwhere.lab.data import TextData
-from whatwhere.lab.findings import best_first, finding
-from whatwhere.lab.layout import save, svg
-from whatwhere.lab.palette import Style, styles, title
 from whatwhere.lab.recipes.schema import Recipe
-from whatwhere.lab.records import Comparison, RunRecord, read_comparison
+from whatwhere.lab.report import figures
+from whatwhere.lab.report.canvas import save, svg
+from whatwhere.lab.report.findings import best_first, finding
+from whatwhere.lab.report.palette import Style, styles, title
+from whatwhere.lab.report.records import Comparison, RunRecord, read_comparison
+from whatwhere.lab.report.tables import facts_table, loss_table, split_table, state
 from whatwhere.lab.storage import write_text
-from whatwhere.lab.tables import facts_table, loss_table, split_table, state
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _page(comparison: Comparison, folder: Path) -> str:
         ("Accuracy and loss", split_table(comparison, labels, styling, unit)),
     ]
     environment = Environment(
-        loader=PackageLoader("whatwhere.lab", "templates"),
+        loader=PackageLoader("whatwhere.lab.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

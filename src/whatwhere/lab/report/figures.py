@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
-from whatwhere.lab.layout import (
+from whatwhere.lab.report.canvas import (
     LONGEST_NAME,
     RC,
     Canvas,
@@ -32,7 +32,7 @@ from whatwhere.lab.layout import (
     shorten,
     step_axis,
 )
-from whatwhere.lab.palette import Style, styles
+from whatwhere.lab.report.palette import Style, styles
 
 Styles = Mapping[str, Style]
 

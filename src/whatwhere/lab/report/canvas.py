@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from whatwhere.lab.palette import Style
+from whatwhere.lab.report.palette import Style
 from whatwhere.lab.storage import disk_errors, write_text
 
 DPI = 160

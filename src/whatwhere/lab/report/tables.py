@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from whatwhere.lab.findings import changes, percent, statistics
-from whatwhere.lab.palette import Style, title
 from whatwhere.lab.recipes.schema import EncodingChoice, PaperFigure, Recipe
-from whatwhere.lab.records import Comparison, RunRecord
+from whatwhere.lab.report.findings import changes, percent, statistics
+from whatwhere.lab.report.palette import Style, title
+from whatwhere.lab.report.records import Comparison, RunRecord
 
 Paper = Mapping[str, Mapping[str, PaperFigure]]
 
