@@ -27,8 +27,8 @@ def quick() -> Recipe:
         training=TrainingSettings(
             steps=1000,
             batch_size=32,
-            learning_rate=2e-3,
-            min_learning_rate=2e-4,
+            learning_rate=1e-3,
+            min_learning_rate=1e-4,
             warmup_steps=50,
             beta2=0.99,
         ),
