@@ -259,8 +259,7 @@ def draw_accuracy_curves(
     Raises:
         ValueError: If there is no accuracy.
     """
-    table = _finite(logs, "validation_accuracy")
-    table = table.sort_values("step", kind="stable")
+    table = _finite(logs, "validation_accuracy").sort_values("step", kind="stable")
     styling = styling or styles(table["encoding"])
     ends = _run_ends(table.assign(y=100 * table["validation_accuracy"]), "y", styling)
     place = canvas("Accuracy during training", narrow, ends)
