@@ -120,6 +120,20 @@ def test_order_of_rows_is_nothing_to_causality(case: str, backend: str) -> None:
     same(shuffled, whole[:, :, by_query])
 
 
+@pairs("positions")
+@pytest.mark.parametrize("length", [1, T])
+def test_positions_of_one_side_alone(case: str, backend: str, length: int) -> None:
+    """The other side keeps its default, and causality goes by what was given."""
+    q, k, v = example()
+    q = q[:, :, -length:]
+    call: dict[str, Any] = {"spec": spec_of(case), "causal": True, "backend": backend}
+    default = {"query_positions": torch.arange(T - length, T), "key_positions": torch.arange(T)}
+    odd = {"query_positions": torch.randperm(T)[:length], "key_positions": torch.randperm(T)}
+    for side, at in odd.items():
+        wanted = ww.attention(q, k, v, **{**call, **default, side: at, "backend": "reference"})
+        same(ww.attention(q, k, v, **call, **{side: at}), wanted)
+
+
 @pairs("in_order")
 def test_a_cache_of_encoded_keys_equals_the_whole(case: str, backend: str) -> None:
     q, k, v = example()
