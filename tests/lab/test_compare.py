@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -264,7 +265,28 @@ def test_indirect_indexing_gives_accuracy_on_the_test_split(tmp_path: Path) -> N
     assert 0 <= value(out, "pope", "validation_accuracy", length) <= 1
     assert value(out, "pope", "test_loss", length) > 0
     assert not (out / "pope-seed0" / "loss_by_position.csv").exists()
-    assert compare.summary(table(out)).title == "accuracy"
+    assert compare.summary(table(out), "nats").title == "accuracy"
+
+
+def test_the_printed_table_tells_a_loss_that_is_not_finite_from_none() -> None:
+    rows = [
+        ("rope", 0, "loss", 32, math.nan),
+        ("rope", 1, "loss", 32, 2.0),
+        ("rope", 0, "loss", 64, 1.5),
+        ("learned", 0, "loss", 32, 3.0),
+    ]
+    results = pd.DataFrame(rows, columns=runs.COLUMNS)
+    shown = compare.summary(results, "nats per byte")
+    assert shown.title == "loss, nats per byte"
+    assert [list(column.cells) for column in shown.columns] == [
+        ["rope", "learned"],
+        ["nan", "3.0000"],
+        ["1.5000", ""],
+    ]
+    whole = pd.DataFrame([("rope", 0, "validation_loss", 32, 2.5)], columns=runs.COLUMNS)
+    shown = compare.summary(whole, "nats per byte")
+    assert shown.title == "validation loss, nats per byte"
+    assert list(shown.columns[1].cells) == ["2.5000"]
 
 
 def test_an_interrupted_comparison_goes_on_where_it_was(

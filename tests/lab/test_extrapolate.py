@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from whatwhere.lab import runs
 from whatwhere.lab.compare import choose
 from whatwhere.lab.data import make_task, read_tokens
-from whatwhere.lab.extrapolate import extrapolate, find_subject, write
+from whatwhere.lab.extrapolate import extrapolate, find_subject, table, write
 from whatwhere.lab.runs import Run
 from whatwhere.lab.train import train
 
@@ -124,6 +124,18 @@ def test_results_are_csv_with_one_row_a_length_and_a_position(
     assert math.isclose(by_position["loss"].mean(), found[1].loss, rel_tol=1e-9)
 
 
+def test_the_printed_table_counts_bytes_or_tokens(trained: dict[str, Run], tmp_path: Path) -> None:
+    subject = find_subject(trained["pope"].folder)
+    found = extrapolate(subject, (), [32], tokens=64)
+    shown = table(found, subject)
+    assert shown.title == "loss by length, nats per byte"
+    assert [column.header for column in shown.columns][:3] == ["length", "windows", "bytes"]
+    assert list(shown.columns[0].cells) == ["32 (training)"]
+    llama(tmp_path)
+    words(tmp_path, ["<u>", "a", "b"])
+    assert table(found, find_subject(tmp_path)).title == "loss by length, nats per token"
+
+
 def test_a_table_of_positions_ends_the_lengths(trained: dict[str, Run], tmp_path: Path) -> None:
     subject = find_subject(trained["learned"].folder)
     assert extrapolate(subject, (), [32], tokens=64)
@@ -149,6 +161,8 @@ def test_each_mistake_is_one_line(trained: dict[str, Run], tmp_path: Path) -> No
     refused("neither a run", tmp_path)
     refused("at least 2", run, lengths=[1, 8])
     refused("at least 2", run, lengths=[])
+    with pytest.raises(ValueError, match="tokens: expected at least 1, got 0"):
+        extrapolate(find_subject(run), (), [8], tokens=0)
     refused("length=100000 is more than", run, lengths=[100_000])
     refused("nowhere", run, [str(tmp_path / "nowhere")])
     (tmp_path / "binary").write_bytes(bytes(range(256)))

@@ -66,6 +66,13 @@ def test_every_shipped_encoding_can_be_made(name: str, made: str) -> None:
         )
 
 
+@pytest.mark.parametrize("preset", ["quick", "paper"])
+def test_a_text_recipes_description_holds_whatever_the_text(preset: str) -> None:
+    # It stands in the report, where options may have named another text and other lengths.
+    description = recipes.get("text", preset).description
+    assert "standard library" not in description and "--text" not in description
+
+
 @pytest.mark.parametrize(("name", "shape"), [("text", "124m"), ("indirect-indexing",) * 2])
 def test_paper_presets_have_the_papers_shape(name: str, shape: str) -> None:
     config = preset(shape, vocab_size=300, position_encoding="pope")

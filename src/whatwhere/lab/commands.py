@@ -123,10 +123,12 @@ class Evaluate:
     def run(self) -> None:
         """Evaluate."""
         from whatwhere.lab.compare import evaluate_again, summary
+        from whatwhere.lab.report.page import unit_of
 
         with user_errors():
             run = evaluate_again(self.folder)
-        Console().print(summary(pd.read_csv(run.results, dtype={"encoding": str})))
+        results = pd.read_csv(run.results, dtype={"encoding": str})
+        Console().print(summary(results, unit_of(run.config)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Extrapolate:
             lengths = _parse_lengths(self.lengths)
             subject = extrapolate.find_subject(self.folder)
             found = extrapolate.extrapolate(subject, self.text, lengths, self.tokens)
-        Console().print(extrapolate.table(found, subject.train_length))
+        Console().print(extrapolate.table(found, subject))
         default = subject.run.folder / "extrapolate" if subject.run else None
         folder = self.output or default or Path("runs") / "extrapolate" / subject.name
         for path in extrapolate.write(found, folder, subject):
@@ -191,7 +193,8 @@ def parse(arguments: Sequence[str]) -> Command:
     """Parse a command line; the recipe that it names decides options and their defaults.
 
     Raises:
-        UserError: If there is no such recipe, or no recipe where one is needed.
+        UserError: If there is no such recipe, no recipe where one is needed, or values do not go
+            together.
         SystemExit: After help, or with code 2 after options that do not parse.
     """
     name = arguments[0] if arguments else ""
@@ -204,13 +207,16 @@ def parse(arguments: Sequence[str]) -> Command:
             one = OneRun.model_validate(recipe.model_dump())
         choices = {"compare": Compare(given, recipe), "train": Train(given, one, tyro.MISSING)}
         defaults["default"] = choices[name]
-    command: Command = tyro.cli(
-        COMMANDS[name],
-        args=arguments[1:],
-        prog=f"whatwhere {name}",
-        config=(tyro.conf.AvoidSubcommands,),
-        **defaults,
-    )
+    try:
+        command: Command = tyro.cli(
+            COMMANDS[name],
+            args=arguments[1:],
+            prog=f"whatwhere {name}",
+            config=(tyro.conf.AvoidSubcommands,),
+            **defaults,
+        )
+    except ValidationError as error:  # tyro answers those of a recipe's parts, not of the whole
+        raise UserError(describe_error(error)) from error
     return command
 
 

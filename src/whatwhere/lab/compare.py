@@ -102,8 +102,10 @@ class Comparison:
 
     def show(self) -> None:
         """Print loss by length, or accuracy, of all runs in the folder."""
+        from whatwhere.lab.report.page import unit_of
+
         table = pd.read_csv(self.folder / "results.csv", dtype={"encoding": str})
-        Console().print(summary(table))
+        Console().print(summary(table, unit_of(self.recipe)))
 
     def _one(self, run: Run, source: Run | None) -> None:
         say = Console().print
@@ -192,19 +194,26 @@ class Comparison:
                     raise ValueError(f"evaluation.lengths: {error}") from None
 
 
-def summary(results: pd.DataFrame) -> Table:
-    """Mean over seeds of the loss at each length, or of the accuracy, as a table to print."""
-    metric = "accuracy" if "accuracy" in set(results["metric"]) else "loss"
+def summary(results: pd.DataFrame, unit: str) -> Table:
+    """Mean over seeds of the accuracy, or else of a loss at each length, as a table to print.
+
+    Args:
+        results: As in results.csv; of a recipe without lengths the validation loss is shown.
+        unit: Of the losses.
+    """
+    found = set(results["metric"])
+    metric = next((m for m in ("accuracy", "loss") if m in found), "validation_loss")
     chosen = results[results["metric"] == metric]
-    means = chosen.pivot_table(index="encoding", columns="length", values="value", sort=False)
-    means = means[sorted(means.columns)]
-    title = "accuracy" if metric == "accuracy" else "nats per token"
+    lengths = sorted(set(chosen["length"]))
+    title = "accuracy" if metric == "accuracy" else f"{metric.replace('_', ' ')}, {unit}"
     table = Table(title=title, title_justify="left")
     table.add_column("encoding")
-    for length in means.columns:
+    for length in lengths:
         table.add_column(str(length), justify="right")
-    for label, row in means.iterrows():
-        cells = ["" if pd.isna(value) else f"{value:.4f}" for value in row]
+    for label, part in chosen.groupby("encoding", sort=False):
+        values = {length: same["value"] for length, same in part.groupby("length")}
+        # A run that diverged makes the mean NaN, which is not the same as no result.
+        cells = [f"{values[n].mean(skipna=False):.4f}" if n in values else "" for n in lengths]
         table.add_row(str(label), *cells)
     return table
 

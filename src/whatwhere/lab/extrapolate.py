@@ -46,6 +46,11 @@ class Subject:
         """Encoding of a run, else name of the folder."""
         return self.run.config.label if self.run else self.model.resolve().name
 
+    @property
+    def unit(self) -> str:
+        """What its losses are in."""
+        return "nats per byte" if self.tokenizer == "bytes" else "nats per token"
+
 
 def find_subject(folder: Path) -> Subject:
     """The model of a run folder, of the `model/` within one, or of a Hugging Face folder.
@@ -87,12 +92,15 @@ def extrapolate(
         Results in the order of increasing length.
 
     Raises:
-        ValueError: If there is no text or less than one window of it, a length is beyond the
-            model's table of positions, or tokens lie outside its vocabulary.
+        ValueError: If there is no text or less than one window of it, a length or `tokens` is
+            too small, a length is beyond the model's table of positions, or tokens of the text
+            lie outside its vocabulary.
     """
     wanted = sorted(set(lengths))
     if not wanted or wanted[0] < 2:
         raise ValueError(f"lengths: expected integers of at least 2, got {list(lengths)}")
+    if tokens < 1:
+        raise ValueError(f"tokens: expected at least 1, got {tokens}")
     stream = _tokens(subject, texts)
     windows = {n: spaced_windows(stream, n, max(1, min(tokens, len(stream)) // n)) for n in wanted}
     model = load_model(subject.model).eval()
@@ -132,26 +140,26 @@ def write(found: Sequence[LengthLoss], folder: Path, subject: Subject) -> list[P
     write_positions(by_position, found[-1])
     written = [by_length, by_position]
     if all(math.isfinite(f.loss) for f in found):
-        unit = "nats per byte" if subject.tokenizer == "bytes" else "nats per token"
         results = pd.DataFrame(rows).rename(columns={"loss": "value"})
         results = results.assign(encoding=subject.name, seed=0, metric="loss")
         written += figures.loss_by_length(
-            results, folder / "loss_by_length", subject.train_length, unit
+            results, folder / "loss_by_length", subject.train_length, subject.unit
         )
         positions = pd.read_csv(by_position).assign(encoding=subject.name, seed=0)
         written += figures.loss_by_position(
-            positions, folder / "loss_by_position", subject.train_length, unit
+            positions, folder / "loss_by_position", subject.train_length, subject.unit
         )
     return written
 
 
-def table(found: Sequence[LengthLoss], train_length: int | None) -> Table:
+def table(found: Sequence[LengthLoss], subject: Subject) -> Table:
     """Loss and perplexity at each length, as a table to print."""
-    shown = Table(title="loss by length", title_justify="left")
-    for name in ("length", "windows", "tokens", "loss (nats/token)", "perplexity"):
+    shown = Table(title=f"loss by length, {subject.unit}", title_justify="left")
+    counted = f"{subject.unit.split()[-1]}s"
+    for name in ("length", "windows", counted, "loss", "perplexity"):
         shown.add_column(name, justify="right")
     for f in found:
-        mark = " (training)" if f.length == train_length else ""
+        mark = " (training)" if f.length == subject.train_length else ""
         cells = (str(f.windows), str(_predicted(f)), f"{f.loss:.4f}", _perplexity(f.loss))
         shown.add_row(f"{f.length}{mark}", *cells)
     return shown

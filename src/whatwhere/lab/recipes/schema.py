@@ -188,7 +188,10 @@ class Recipe(Settings):
             raise ValueError("a recipe needs at least one encoding and one seed")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {' '.join(map(str, self.seeds))}")
-        if isinstance(self.data, IndirectIndexingData) and self.evaluation.lengths:
+        lengths = self.evaluation.lengths
+        if len(set(lengths)) < len(lengths):
+            raise ValueError(f"evaluation.lengths repeat: {' '.join(map(str, lengths))}")
+        if isinstance(self.data, IndirectIndexingData) and lengths:
             raise ValueError("evaluation.lengths: only a text task has other lengths")
         return self
 

@@ -19,8 +19,8 @@ def quick() -> Recipe:
     return Recipe(
         name="text",
         description=(
-            "Loss against length: trained at 128 bytes, evaluated up to ten times that, on the "
-            "Python standard library's source unless --text names other text"
+            "Loss against length on real text: small decoders, trained on short windows, read "
+            "windows up to several times as long. Sized for a CPU"
         ),
         data=TextData(tokenizer="bytes", length=128),
         model=ModelSettings(hidden_size=128, num_hidden_layers=4, num_attention_heads=4),
@@ -42,9 +42,9 @@ def paper() -> Recipe:
     return Recipe(
         name="text",
         description=(
-            "The PoPE paper's 124M setting (length 1024, GPT-2 tokens, 100,000 steps) on your "
-            "text: give --text, and a GPU. The paper's own text is OpenWebText, so that its "
-            "figures (perplexity 21.55 RoPE, 21.33 PoPE) are comparable on that alone"
+            "The PoPE paper's 124M setting (length 1024, GPT-2 tokens, 100,000 steps). Needs a "
+            "GPU. The paper's own text is OpenWebText, so that its figures (perplexity 21.55 "
+            "RoPE, 21.33 PoPE) are comparable on that alone"
         ),
         data=TextData(tokenizer="gpt2", length=1024),
         model=ModelSettings(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),

@@ -20,6 +20,7 @@ from whatwhere.lab.report.findings import best_first, finding
 from whatwhere.lab.report.palette import Style, styles, title
 from whatwhere.lab.report.records import Comparison, RunRecord, read_comparison
 from whatwhere.lab.report.tables import facts_table, loss_table, split_table, state
+from whatwhere.lab.runs import RunConfig
 from whatwhere.lab.storage import write_text
 
 
@@ -64,7 +65,7 @@ def build_report(folder: Path) -> Path:
     return path
 
 
-def unit_of(recipe: Recipe) -> str:
+def unit_of(recipe: Recipe | RunConfig) -> str:
     """The unit of a recipe's losses: nats per byte, per token, or per target of a question."""
     if isinstance(recipe.data, TextData):
         return "nats per byte" if recipe.data.tokenizer == "bytes" else "nats per token"
