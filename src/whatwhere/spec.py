@@ -9,7 +9,6 @@ Shapes throughout the package use one legend:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -46,8 +45,9 @@ class ScoreSpec:
         inv_freq: ``(A, R)`` float64, radians per position; ``None`` for ``identity``. R is the
             number of pairs for ``rotate`` and of channels for ``polar``.
         magnitude: For ``polar``, the map from a channel to its magnitude.
-        phase: ``(H, R)`` radians, one row per *query* head, or ``None``. Taken from the query's
-            angle, so that key features hold nothing learned.
+        phase: ``(H, R)`` radians, one row per *query* head, or ``None``; with ``turning``, for
+            the channels that turn alone. Taken from the query's angle, so that key features hold
+            nothing learned.
         slopes: ``(H,)`` or ``None`` (ALiBi). 0 leaves a head without it.
         temperature_length: Length beyond which queries are sharpened, or ``None``.
         turning: How many of the R channels have a frequency other than 0, if those come first
@@ -75,7 +75,7 @@ class ScoreSpec:
             raise ValueError(
                 f"magnitude={self.magnitude!r}: expected one of {get_args(Magnitude)}"
             )
-        if not (math.isfinite(self.scale) and self.scale > 0):
+        if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale={self.scale}: expected a positive, finite number")
         self._check_frequencies()
         self._check_phase_and_slopes()
@@ -114,10 +114,10 @@ class ScoreSpec:
         if self.phase is not None:
             if self.feature != "polar":
                 raise ValueError(f"phase needs feature='polar', got {self.feature!r}")
-            if self.phase.ndim != 2 or self.phase.shape[1] != self.num_frequencies:
+            if self.phase.ndim != 2 or self.phase.shape[1] != self.num_turning:
                 raise ValueError(
                     f"phase has shape {tuple(self.phase.shape)}: expected "
-                    f"(H, {self.num_frequencies}), one column per frequency"
+                    f"(H, {self.num_turning}), one column per frequency that turns"
                 )
         if self.slopes is not None and self.slopes.ndim != 1:
             raise ValueError(f"slopes has shape {tuple(self.slopes.shape)}: expected (H,)")

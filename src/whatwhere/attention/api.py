@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +70,11 @@ def attention(
     call = prepare(
         q, k, v, spec, causal, query_positions, key_positions, key_mask, segments, window
     )
-    return BACKENDS[_choose(call, backend)[0]].run(call)
+    name = _choose(call, backend)[0]
+    if k.shape[2] == 0:
+        return _nothing_seen(call)
+    with _dtypes_as_given(q.device):
+        return BACKENDS[name].run(call)
 
 
 def scores(
@@ -95,9 +100,9 @@ def scores(
     Raises:
         ValueError: If arguments do not fit one another.
     """
-    return reference.scores(
-        prepare(q, k, k, spec, False, query_positions, key_positions, None, None, None)
-    )
+    call = prepare(q, k, k, spec, False, query_positions, key_positions, None, None, None)
+    with _dtypes_as_given(q.device):
+        return reference.scores(call)
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,19 @@ def grid(*sizes: int, device: torch.device | str | None = None) -> Tensor:
         raise ValueError(f"sizes={sizes}: expected one positive integer per axis")
     axes = [torch.arange(n, device=device) for n in sizes]
     return torch.cartesian_prod(*axes).reshape(-1, len(sizes))
+
+
+def _nothing_seen(call: Call) -> Tensor:
+    """Zeros for calls without keys, through which gradients (all zero) still pass."""
+    zeros = torch.where(torch.zeros((), dtype=torch.bool, device=call.q.device), call.q, 0.0)
+    return zeros[..., :1].expand(*call.q.shape[:3], call.v.shape[-1]) + call.k.sum() + call.v.sum()
+
+
+def _dtypes_as_given(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast: where rounding is harmless is decided here, operation by operation."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _choose(call: Call, backend: str) -> tuple[str, str]:

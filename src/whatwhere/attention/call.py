@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whatwhere.attention.features import as_positions
+from whatwhere.attention.features import as_positions, check_spec
 from whatwhere.spec import ScoreSpec
 
 
@@ -96,7 +96,7 @@ def prepare(
         ValueError: If an argument does not fit the others; the message names it.
     """
     check_tensors(q, k, v)
-    check_spec(q, spec)
+    check_spec(q, spec, "q", heads=True)
     batch, length, total = q.shape[0], q.shape[2], k.shape[2]
     if causal and spec.num_axes != 1:
         raise ValueError(f"causal=True needs positions of one axis, the spec has {spec.num_axes}")
@@ -168,27 +168,6 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def check_spec(q: Tensor, spec: ScoreSpec) -> None:
-    """Check that a spec fits queries ``(B, H, T, D)``.
-
-    Raises:
-        ValueError: If it was made for another number of heads or channels.
-    """
-    heads, head_dim = q.shape[1], q.shape[3]
-    used = spec.num_frequencies * (2 if spec.feature == "rotate" else 1)
-    if used > head_dim:
-        raise ValueError(
-            f"spec turns {used} channels, but q has head_dim={head_dim}: "
-            "was the encoding made for another head_dim?"
-        )
-    for name, tensor in (("phase", spec.phase), ("slopes", spec.slopes)):
-        if tensor is not None and tensor.shape[0] != heads:
-            raise ValueError(
-                f"spec.{name} is for {tensor.shape[0]} heads, but q has {heads}: "
-                "expected one row per query head"
-            )
-
-
 def fill_positions(
     q: Tensor,
     k: Tensor,
@@ -232,11 +211,5 @@ def fill_positions(
         ("query_positions", query_positions, length),
         ("key_positions", key_positions, total),
     ):
-        at = as_positions(given, spec.num_axes, name)
-        if at.shape[1] != size or at.shape[0] not in (1, q.shape[0]):
-            raise ValueError(
-                f"{name} has shape {tuple(given.shape)}: expected length {size} and, "
-                f"if batched, batch {q.shape[0]}"
-            )
-        filled.append(at)
+        filled.append(as_positions(given, spec.num_axes, name, q.shape[0], size))
     return filled[0], filled[1]

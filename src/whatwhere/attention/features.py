@@ -10,14 +10,16 @@ from whatwhere.attention.angles import rotation_table, temperature
 from whatwhere.spec import Magnitude, ScoreSpec
 
 
-def as_positions(positions: Tensor, num_axes: int, name: str) -> Tensor:
+def as_positions(positions: Tensor, num_axes: int, name: str, batch: int, length: int) -> Tensor:
     """Positions as ``(B or 1, T, A)`` int64.
 
     Args:
-        positions: ``(T,)`` or ``(B, T)`` integers, for more than one axis with a last axis of
-            size ``A``; with one axis a last axis of size 1 is allowed for ``(B, T, 1)``.
+        positions: ``(T,)`` or ``(B, T)`` integers, with a last axis of size ``A``, which one
+            axis may leave out.
         num_axes: ``A``.
         name: What the argument is called in messages.
+        batch: ``B``.
+        length: ``T``.
 
     Raises:
         ValueError: If the dtype is not an integer one or the shape does not fit.
@@ -27,23 +29,54 @@ def as_positions(positions: Tensor, num_axes: int, name: str) -> Tensor:
             f"{name} has dtype {positions.dtype}: expected integers "
             "(floating point cannot hold long positions exactly)"
         )
-    if num_axes == 1 and positions.ndim in (1, 2):
-        positions = positions.unsqueeze(-1)
-    if positions.ndim == 2:
-        positions = positions.unsqueeze(0)
-    if positions.ndim != 3 or positions.shape[-1] != num_axes:
+    at = positions
+    column = at.ndim == 2 and at.shape[0] == length != 1  # (T, 1), as `grid(T)` makes it
+    if num_axes == 1 and at.ndim in (1, 2) and not (column and at.shape[1] == 1):
+        at = at.unsqueeze(-1)
+    if at.ndim == 2:
+        at = at.unsqueeze(0)
+    if at.ndim != 3 or at.shape[1:] != (length, num_axes) or at.shape[0] not in (1, batch):
         tail = "" if num_axes == 1 else f", {num_axes}"
         raise ValueError(
             f"{name} has shape {tuple(positions.shape)} for {num_axes} position axis/axes: "
-            f"expected (T{tail}) or (B, T{tail})"
+            f"expected ({length}{tail}) or ({batch}, {length}{tail})"
         )
-    return positions.long()
+    return at.long()
+
+
+def check_spec(x: Tensor, spec: ScoreSpec, name: str, heads: bool) -> None:
+    """Check that a spec fits queries ``(B, H, T, D)`` or keys ``(B, G, S, D)``.
+
+    Args:
+        x: Queries or keys.
+        spec: The score.
+        name: What ``x`` is called in messages.
+        heads: Whether its heads are query heads, of which the spec may know the number.
+
+    Raises:
+        ValueError: If the spec was made for another number of heads or channels.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (B, heads, length, D)")
+    used = spec.num_frequencies * (2 if spec.feature == "rotate" else 1)
+    if used > x.shape[3]:
+        raise ValueError(
+            f"spec turns {used} channels, but {name} has head_dim={x.shape[3]}: "
+            "was the encoding made for another head_dim?"
+        )
+    for field, tensor in (("phase", spec.phase), ("slopes", spec.slopes)):
+        if heads and tensor is not None and tensor.shape[0] != x.shape[1]:
+            raise ValueError(
+                f"spec.{field} is for {tensor.shape[0]} heads, but {name} has {x.shape[1]}: "
+                "expected one row per query head"
+            )
 
 
 def magnitudes(x: Tensor, kind: Magnitude) -> Tensor:
     """Channels to magnitudes; ``none`` leaves them signed (the paper's ablation)."""
     if kind == "softplus":
-        return F.softplus(x)
+        # The default threshold of 20 is an error of 2e-9, too much for float64.
+        return F.softplus(x, threshold=40)
     return F.relu(x) if kind == "relu" else x
 
 
@@ -67,7 +100,8 @@ def encode_queries(q: Tensor, spec: ScoreSpec, positions: Tensor) -> Tensor:
     Raises:
         ValueError: If positions or shapes do not fit.
     """
-    at = as_positions(positions, spec.num_axes, "positions")
+    check_spec(q, spec, "q", heads=True)
+    at = as_positions(positions, spec.num_axes, "positions", q.shape[0], q.shape[2])
     gain = None
     if spec.temperature_length is not None:
         gain = temperature(at[..., 0], spec.temperature_length)[:, None, :, None]
@@ -82,7 +116,8 @@ def encode_keys(k: Tensor, spec: ScoreSpec, positions: Tensor) -> Tensor:
     Raises:
         ValueError: If positions or shapes do not fit.
     """
-    at = as_positions(positions, spec.num_axes, "positions")
+    check_spec(k, spec, "k", heads=False)
+    at = as_positions(positions, spec.num_axes, "positions", k.shape[0], k.shape[2])
     return _encode(k, spec, at, phase=None, gain=None)
 
 
@@ -105,8 +140,11 @@ def _encode(
         cos, sin = cos * gain, sin * gain
     y = x.to(dtype)
     if spec.feature == "rotate":
-        first, second, rest = y.split([turning, turning, x.shape[-1] - 2 * turning], dim=-1)
+        pairs = spec.num_frequencies
+        first, second = y[..., :turning], y[..., pairs : pairs + turning]
         parts = [first * cos - second * sin, second * cos + first * sin]
+        still = (y[..., turning:pairs], y[..., pairs + turning :])
+        rest = torch.cat(still, dim=-1) if turning < pairs else still[1]
     else:
         shown = magnitudes(y[..., : spec.num_frequencies], spec.magnitude)
         parts = [shown[..., :turning] * cos, shown[..., :turning] * sin]

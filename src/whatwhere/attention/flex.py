@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from whatwhere.attention.call import Backend, Call
-from whatwhere.attention.features import encode_keys, encode_queries
+from whatwhere.attention.features import compute_dtype, encode_keys, encode_queries
 
 # Below this many scores a CPU call is over before a compiler would have started.
 _FUSE_ON_CPU = 2**26
@@ -48,9 +49,7 @@ def run(call: Call) -> Tensor:
     if call.masked:
         sizes = (call.q.shape[0], None, call.q.shape[2], call.k.shape[2])
         mask = make_mask(_mask_function(call), *sizes, device=call.q.device)
-    with warnings.catch_warnings():
-        # Unfused on purpose for small CPU calls; FlexAttention warns of it.
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+    with _quiet():
         out = attend(
             queries,
             keys,
@@ -87,13 +86,25 @@ def _mask_function(call: Call) -> Callable[..., Tensor]:
 def _score_function(call: Call) -> Callable[..., Tensor] | None:
     if call.spec.slopes is None:
         return None
-    slopes = call.spec.slopes.to(call.q.device)
+    slopes = call.spec.slopes.to(call.q.device, compute_dtype(call.q.dtype))
     queries, keys = _batched(call.query_positions, call), _batched(call.key_positions, call)
 
     def fall(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return score - slopes[h] * (queries[b, t] - keys[b, s])
 
     return fall
+
+
+@contextmanager
+def _unfused_on_purpose() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
+
+
+def _quiet() -> AbstractContextManager[None]:
+    """FlexAttention warns of small CPU calls, which are unfused on purpose."""
+    return nullcontext() if torch.compiler.is_compiling() else _unfused_on_purpose()
 
 
 def _batched(positions: Tensor, call: Call) -> Tensor:

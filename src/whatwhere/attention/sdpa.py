@@ -26,8 +26,6 @@ def _attend(call: Call, dtype: torch.dtype) -> Tensor:
     values = call.v.to(dtype)
     if call.groups > 1:
         keys, values = (x.repeat_interleave(call.groups, dim=1) for x in (keys, values))
-    if keys.shape[2] == 0:
-        return values.new_zeros(*queries.shape[:3], values.shape[-1])
     mask, some, causal = _mask(call, dtype)
     width = values.shape[-1]
     values = _pad_values(queries, values)

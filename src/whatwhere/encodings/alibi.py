@@ -57,10 +57,10 @@ class ALiBi(Encoding):
         self.slopes = alibi_slopes(count) + (0.0,) * (num_heads - count)
 
     def forward(self, device: torch.device | str | None = None) -> ScoreSpec:
-        """An ``identity`` spec with slopes (float32)."""
+        """An ``identity`` spec with slopes (float64)."""
         return ScoreSpec(
             feature="identity",
             scale=self.scale,
-            slopes=torch.tensor(self.slopes, dtype=torch.float32, device=self._device(device)),
+            slopes=torch.tensor(self.slopes, dtype=torch.float64, device=self._device(device)),
             temperature_length=self.temperature_length,
         )

@@ -86,9 +86,10 @@ class Encoding(nn.Module):
         if torch.compiler.is_compiling():
             return torch.tensor(self.frequencies, dtype=torch.float64, device=target)
         if target not in self._inv_freq:
-            self._inv_freq[target] = torch.tensor(
-                self.frequencies, dtype=torch.float64, device=target
-            )
+            made = torch.tensor(self.frequencies, dtype=torch.float64, device=target)
+            if type(made) is not Tensor:  # a tracer's stand-in, of no use to a later call
+                return made
+            self._inv_freq[target] = made
         return self._inv_freq[target]
 
     def extra_repr(self) -> str:

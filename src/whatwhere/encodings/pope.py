@@ -49,8 +49,8 @@ class Polar(Encoding):
         if magnitude not in get_args(Magnitude):
             raise ValueError(f"magnitude={magnitude!r}: expected one of {get_args(Magnitude)}")
         self.turning = len(frequencies[0])
-        self.still = head_dim - self.turning if rest == "magnitude" else 0
-        self.frequencies = tuple(row + (0.0,) * self.still for row in frequencies)
+        still = head_dim - self.turning if rest == "magnitude" else 0
+        self.frequencies = tuple(row + (0.0,) * still for row in frequencies)
         self.magnitude: Magnitude = magnitude
         self.delta_init = delta
         if delta is None:
@@ -73,14 +73,14 @@ class Polar(Encoding):
                 self.delta.data.clamp_(-DELTA_BOUND, 0.0)
 
     def phase(self) -> Tensor | None:
-        """``delta`` within its bounds, 0 for channels that do not turn: ``(H, R)`` or ``None``."""
+        """``delta`` within its bounds, per turning channel: ``(H, turning)``, or ``None``."""
         if self.delta is None:
             return None
-        self.project_()
+        if not torch.compiler.is_exporting():  # an exported graph must not change its weights
+            self.project_()
         # Where the parameter is a copy (sharded training), the projection above is lost with it;
         # the value is bounded all the same, and the gradient passes.
-        bounded = self.delta + (self.delta.clamp(-DELTA_BOUND, 0.0) - self.delta).detach()
-        return nn.functional.pad(bounded, (0, self.still)) if self.still else bounded
+        return self.delta + (self.delta.clamp(-DELTA_BOUND, 0.0) - self.delta).detach()
 
     def forward(self, device: torch.device | str | None = None) -> ScoreSpec:
         """A ``polar`` spec."""
