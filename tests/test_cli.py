@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import whatwhere
 from whatwhere.cli import main
 from whatwhere.lab import commands, recipes
 from whatwhere.lab.commands import Compare, Train, parse
@@ -262,6 +264,40 @@ def test_what_comes_from_outside_is_one_line_too(
     assert f"whatwhere: {said}" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_named(
+    words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    arguments = ["compare", "text", *SMALL, "--encodings", "rope", "--text", words]
+    for place in (taken, taken / "below"):
+        assert main([*arguments, "--output", str(place)]) == 1
+        assert f"whatwhere: cannot write {place}: " in capsys.readouterr().err
+    assert taken.read_text() == "mine"
+
+
+def test_a_full_disk_that_another_thread_meets_is_left_to_ours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(error: Exception) -> None:
+        def fail() -> None:
+            raise error
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    def listed() -> tuple[str, ...]:
+        run(OSError(errno.ENOSPC, "No space left on device"))
+        run(ValueError("a bug"))
+        return ()
+
+    monkeypatch.setattr(recipes, "names", listed)
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().err
+    assert "No space" not in printed and "ValueError: a bug" in printed
+
+
 def test_a_full_disk_in_the_middle_leaves_what_was_there(
     words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +337,8 @@ def test_a_fault_of_ours_keeps_its_traceback(
 def test_a_missing_package_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Imported anew below, which would leave the package with a module unknown to later tests.
+    monkeypatch.setattr(whatwhere, "lab", whatwhere.lab)
     for name in [name for name in sys.modules if name.startswith("whatwhere.lab")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tyro", None)

@@ -7,8 +7,10 @@ is one line and 130. Anything else is a fault of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # The bars of transformers for reading and writing weights say nothing that ours do not.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Errors of options are for the user, whom pydantic's pages for developers do not help.
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         from whatwhere.lab import commands, storage
@@ -37,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(
             f"the command line needs {error.name}: pip install 'whatwhere[lab]'", OUTSIDE_ERROR
         )
+    except KeyboardInterrupt:
+        return _say("stopped", INTERRUPTED)
     before, warnings.showwarning = warnings.showwarning, _show_warning
+    threads, threading.excepthook = threading.excepthook, _show_thread_error
     try:
         commands.parse(given).run()
     except commands.UserError as error:
@@ -52,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OUTSIDE_ERROR
     finally:
-        warnings.showwarning = before
+        warnings.showwarning, threading.excepthook = before, threads
     return 0
 
 
@@ -65,6 +72,12 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any
 ) -> None:
     print(f"whatwhere: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _show_thread_error(raised: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread meets a full disk before ours does, which then says so in one line.
+    if not (isinstance(raised.exc_value, OSError) and raised.exc_value.errno == errno.ENOSPC):
+        threading.__excepthook__(raised)
 
 
 if __name__ == "__main__":

@@ -376,6 +376,10 @@ def test_encodings_are_chosen_by_label_or_name(labels: list[str], message: str) 
         ({"evaluation": {"lengths": [10**6]}}, "evaluation.lengths: .*1000000"),
         ({"data": {"length": 10**6}}, "length=1000000"),
         ({"data": {"paths": ["nowhere"]}}, "nowhere"),
+        (
+            {"encodings": {"x": {"name": "pope", "options": {"fraction": "half"}}}},
+            "'x': .*'half'",
+        ),
     ],
 )
 def test_what_is_impossible_is_said_before_anything_is_written(

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import recipe, text
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -173,6 +175,25 @@ def test_each_mistake_is_one_line(trained: dict[str, Run], tmp_path: Path) -> No
     (tmp_path / "text.txt").write_text("a b c d e " * 20)
     refused("no.*--text|--text", tmp_path / "llama")
     refused("token 5 is outside.*4", tmp_path / "llama", [str(tmp_path / "text.txt")])
+
+
+def test_so_is_a_model_that_cannot_be_read(trained: dict[str, Run], tmp_path: Path) -> None:
+    folder, path = tmp_path / "model", tmp_path / "text.txt"
+    path.write_text("what and where " * 60)
+    shutil.copytree(trained["pope"].model, folder)
+    weights = load_file(folder / "model.safetensors")
+    delta = next(name for name in weights if name.endswith("delta"))
+    changed = weights | {delta: weights[delta][:, :1].contiguous()}
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    refused(r"delta has shape \(2, 1\)", folder, [str(path)])
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    refused("no model that can be read: ", folder, [str(path)])
+    (folder / "model.safetensors").unlink()
+    refused("no model that can be read: .*model.safetensors", folder, [str(path)])
+    (folder / "config.json").write_text("[]")
+    refused("no mapping", folder)
+    (folder / "config.json").write_text("{")
+    refused("config.json is not JSON", folder)
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:

@@ -164,6 +164,13 @@ def test_what_is_no_recipe_is_one_line(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ValueError, match=r"mine\.yaml: not UTF-8 text"):
+        recipes.from_yaml(path)
+
+
 def test_a_number_with_an_exponent_is_a_number_in_options_too() -> None:
     # YAML 1.1 takes 5e5 for a string.
     made = recipes.from_yaml(

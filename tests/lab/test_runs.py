@@ -235,9 +235,18 @@ def test_a_real_full_device_is_recognised(tmp_path: Path) -> None:
 
 
 def test_other_errors_keep_their_type(tmp_path: Path) -> None:
-    for error in (RuntimeError("no"), PermissionError(errno.EACCES, "no"), KeyError("no")):
-        with pytest.raises(type(error)), storage.disk_errors(tmp_path):
+    for error in (RuntimeError("no"), OSError(errno.EIO, "no"), KeyError("no")):
+        with pytest.raises(type(error)) as caught, storage.disk_errors(tmp_path):
             raise error
+        assert type(caught.value) is type(error)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST])
+def test_a_place_that_cannot_be_written_is_one_line(number: int, tmp_path: Path) -> None:
+    path = str(tmp_path / "x")
+    with pytest.raises(storage.RunError) as caught, storage.disk_errors(tmp_path):
+        raise OSError(number, "refused", path)
+    assert str(caught.value) == f"cannot write {path}: refused"
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

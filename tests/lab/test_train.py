@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -379,6 +380,19 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(
     assert [place.name for place in run.checkpoints.iterdir()] == ["step-000000005"]
     train(run, task)
     assert_same_weights(run, whole)
+
+
+def test_so_does_one_that_tensorboard_meets_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, task = start(recipe(text(tmp_path)), tmp_path / "runs")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", full)
+    with pytest.raises(storage.DiskFullError, match="no space left"):
+        train(run, task)
 
 
 # --- loss spikes --------------------------------------------------------------------------------

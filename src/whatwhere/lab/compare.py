@@ -174,6 +174,10 @@ class Comparison:
                 self._check_model(choice)
             except ValueError as error:
                 raise ValueError(f"encoding {label!r}: {error}") from None
+            except TypeError as error:  # a word where a number belongs
+                raise ValueError(
+                    f"encoding {label!r}: options {choice.options} have a wrong type: {error}"
+                ) from None
 
     def _check_model(self, choice: EncodingChoice) -> None:
         import torch

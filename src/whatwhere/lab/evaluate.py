@@ -122,17 +122,23 @@ def load_model(folder: Path) -> Any:
     """A causal language model of ours or of `transformers`, from a folder on this disk.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or its files are not what they should be.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     import whatwhere.models  # noqa: F401  (registers our own model type)
 
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model: there is no config.json")
-    return AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, dtype="auto", trust_remote_code=False
-    ).to(best_device())
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype="auto", trust_remote_code=False
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} holds no model that can be read: {reason}") from error
+    return model.to(best_device())
 
 
 def evaluate(run: Run, task: Task, source: Run | None = None) -> list[str]:

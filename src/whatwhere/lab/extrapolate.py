@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +64,9 @@ def find_subject(folder: Path) -> Subject:
             return _subject_of_run(place)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds neither a run (run.json) nor a model (config.json)")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = storage.read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is no config of a model: it is no mapping")
     length = config.get("max_position_embeddings")
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         return Subject(folder, str(folder), length)

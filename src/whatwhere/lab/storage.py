@@ -14,6 +14,12 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
+_REFUSED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    errno.ENAMETOOLONG,
+}
+"""What the system says where nothing can be written."""
+
 
 class RunError(RuntimeError):
     """Something outside the program stopped a run: one line for the user."""
@@ -28,15 +34,15 @@ def lock(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder; a killed process lets go of it by itself.
 
     Raises:
-        RunError: If another process works in it.
+        RunError: If another process works in it, or it cannot be written to.
     """
+    held = FileLock(folder / ".lock")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"another process is working in {folder}") from None
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"another process is working in {folder}") from None
     try:
         yield
     finally:
@@ -47,12 +53,17 @@ def lock(folder: Path) -> Iterator[None]:
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn whatever a library raises on a full disk into one `DiskFullError`.
 
+    A place that cannot be written to (a file where a folder belongs, no permission) is a
+    `RunError`.
+
     `torch.save` raises a RuntimeError that does not say why, safetensors an error of its own, so
     the space that is left decides where the error does not.
     """
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            raise RunError(f"cannot write {error.filename or path}: {error.strerror}") from error
         if not _is_full(error, path):
             raise
         raise DiskFullError(

@@ -100,7 +100,11 @@ def train(run: Run, task: Task, initial: Path | None = None) -> None:
         DiskFullError: If there is no space left.
         ValueError: If the batch does not divide among the processes.
     """
-    with stop_signal() as stopped, deterministic(run.config.training.deterministic):
+    with (
+        stop_signal() as stopped,
+        deterministic(run.config.training.deterministic),
+        storage.disk_errors(run.folder),  # for TensorBoard's files, which it writes by itself
+    ):
         _Training(run, task, initial).go(stopped)
 
 

@@ -37,8 +37,11 @@ def from_yaml(source: Path | str) -> Recipe:
             type; one line that names the key.
         OSError: If the file cannot be read.
     """
-    text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
     where = f"{source}: " if isinstance(source, Path) else ""
+    try:
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}not UTF-8 text: {error.reason} at {error.start}") from None
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
