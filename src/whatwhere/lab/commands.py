@@ -78,7 +78,7 @@ class Compare:
     encodings: tuple[str, ...] = ()
     """labels of the recipe's encodings, or any names in whatwhere.ENCODINGS"""
     text: tuple[str, ...] = ()
-    """UTF-8 files, folders or patterns to train and evaluate on"""
+    """UTF-8 files, folders or patterns to train and evaluate on; none is the recipe's own text"""
     output: Path | None = None
     """folder of runs, results and report; runs/RECIPE by default"""
 
@@ -101,7 +101,7 @@ class Train:
     preset: str | None = None
     """quick (a CPU, the default) or paper (as a paper has it)"""
     text: tuple[str, ...] = ()
-    """UTF-8 files, folders or patterns to train and evaluate on"""
+    """UTF-8 files, folders or patterns to train and evaluate on; none is the recipe's own text"""
     output: Path | None = None
     """folder of runs, results and report; runs/RECIPE by default"""
 

@@ -119,6 +119,9 @@ def test_errors_are_one_clear_line(folder: Path) -> None:
     assert f"file '{folder}/nul' is binary (it holds NUL bytes)" in message(str(folder / "nul"))
     assert "is binary (byte 2 is not UTF-8)" in message(str(folder / "latin"))
     assert "is neither a file nor a folder" in message("/dev/null")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert message("nowhere") == f"paths: 'nowhere' does not exist in '{folder}'"
     # One bad path is an error even where another is good.
     assert "does not exist" in message(str(folder / "a"), str(folder / "nowhere"))
 

@@ -202,7 +202,9 @@ def _find(path: str) -> tuple[list[Path], bool]:
     if place.exists():
         raise ValueError(f"paths: {path!r} is neither a file nor a folder")
     if not glob.has_magic(path):
-        raise ValueError(f"paths: {path!r} does not exist")
+        # A run keeps relative paths as they were given, so the folder they are taken from matters.
+        below = "" if place.is_absolute() else f" in {str(Path.cwd())!r}"
+        raise ValueError(f"paths: {path!r} does not exist{below}")
     # Path.glob has no absolute patterns, and its `**` finds folders alone before Python 3.13.
     matches = glob.glob(str(place), recursive=True)  # noqa: PTH207
     files = [match for match in map(Path, matches) if match.is_file()]
