@@ -75,14 +75,15 @@ class ScoreSpec:
             raise ValueError(
                 f"magnitude={self.magnitude!r}: expected one of {get_args(Magnitude)}"
             )
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale={self.scale}: expected a positive, finite number")
+        if not isinstance(self.scale, (int, float)) or not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale={self.scale!r}: expected a positive, finite number")
         self._check_frequencies()
         self._check_phase_and_slopes()
         if self.temperature_length is not None:
-            if self.temperature_length < 1:
+            if not isinstance(self.temperature_length, int) or self.temperature_length < 1:
                 raise ValueError(
-                    f"temperature_length={self.temperature_length}: expected at least 1"
+                    f"temperature_length={self.temperature_length!r}: expected an integer of at "
+                    "least 1"
                 )
             if self.num_axes != 1:
                 raise ValueError(
@@ -91,6 +92,10 @@ class ScoreSpec:
                 )
 
     def _check_frequencies(self) -> None:
+        for name in ("inv_freq", "phase", "slopes"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise ValueError(f"{name} is a {type(value).__name__}: expected a tensor or None")
         if self.feature == "identity":
             if self.inv_freq is not None:
                 raise ValueError(
@@ -104,9 +109,12 @@ class ScoreSpec:
                 f"inv_freq has shape {tuple(self.inv_freq.shape)} and dtype "
                 f"{self.inv_freq.dtype}: expected (A, R) and float64"
             )
-        if self.turning is not None and not 0 <= self.turning <= self.num_frequencies:
+        count = self.turning
+        if count is not None and not (
+            isinstance(count, int) and 0 <= count <= self.num_frequencies
+        ):
             raise ValueError(
-                f"turning={self.turning}: expected 0 to {self.num_frequencies}, "
+                f"turning={count!r}: expected 0 to {self.num_frequencies}, "
                 "the number of frequencies"
             )
 

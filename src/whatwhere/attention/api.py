@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -56,7 +57,8 @@ def attention(
         key_positions: ``(S,)`` or ``(B, S)`` integers, by default 0..S-1; axes likewise.
         key_mask: ``(B, S)`` bool, True where a key may be attended to.
         segments: ``(B, S)`` integers, the document of each key; queries belong to the last T.
-            Documents do not see one another.
+            Documents do not see one another. Default positions go on from one document to the
+            next, which only a length temperature tells from positions that start anew.
         window: A query sees this many positions at most, its own included. Causal only.
         backend: A name in `BACKENDS`, or ``"auto"`` for the fastest that takes the call.
 
@@ -192,11 +194,13 @@ def table_bytes(encoding: ScoreSpec | Callable[[], ScoreSpec], length: int) -> i
         length: Positions.
 
     Raises:
-        ValueError: If ``length`` is negative.
+        ValueError: If ``length`` is no integer or negative, or ``encoding`` is none.
     """
-    if length < 0:
-        raise ValueError(f"length={length}: expected at least 0")
-    spec = encoding if isinstance(encoding, ScoreSpec) else encoding()
+    if not isinstance(length, Integral) or length < 0:
+        raise ValueError(f"length={length!r}: expected an integer of at least 0")
+    spec = encoding() if callable(encoding) else encoding
+    if not isinstance(spec, ScoreSpec):
+        raise ValueError(f"encoding={encoding!r}: expected an encoding or a ScoreSpec")
     if spec.inv_freq is None:
         return 0
     inv_freq = spec.inv_freq[:, : spec.num_turning].to("meta")
@@ -213,7 +217,7 @@ def grid(*sizes: int, device: torch.device | str | None = None) -> Tensor:
     Raises:
         ValueError: If no size is given or one is not positive.
     """
-    if not sizes or any(n < 1 for n in sizes):
+    if not sizes or any(not isinstance(n, Integral) or n < 1 for n in sizes):
         raise ValueError(f"sizes={sizes}: expected one positive integer per axis")
     axes = [torch.arange(n, device=device) for n in sizes]
     return torch.cartesian_prod(*axes).reshape(-1, len(sizes))
@@ -234,7 +238,7 @@ def _dtypes_as_given(device: torch.device) -> AbstractContextManager[Any]:
 
 def _choose(call: Call, backend: str) -> tuple[str, str]:
     if backend != "auto":
-        if backend not in BACKENDS:
+        if not isinstance(backend, str) or backend not in BACKENDS:
             raise ValueError(
                 f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(BACKENDS)}"
             )

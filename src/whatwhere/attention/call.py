@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whatwhere.attention.features import as_positions, check_spec
+from whatwhere.attention.features import as_positions, check_channels, check_device, check_spec
 from whatwhere.spec import ScoreSpec
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,13 +100,23 @@ def prepare(
     check_tensors(q, k, v)
     check_spec(q, spec, "q", heads=True)
     batch, length, total = q.shape[0], q.shape[2], k.shape[2]
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal is a {type(causal).__name__}: expected True or False")
     if causal and spec.num_axes != 1:
         raise ValueError(f"causal=True needs positions of one axis, the spec has {spec.num_axes}")
-    if window is not None and (not causal or window < 1):
-        raise ValueError(f"window={window}, causal={causal}: a window is at least 1 and causal")
+    if window is not None:
+        whole = isinstance(window, int) and not isinstance(window, bool)
+        if not causal or not whole or window < 1:
+            raise ValueError(
+                f"window={window!r}, causal={causal}: a window is an integer of at least 1, and "
+                "causal"
+            )
     at_queries, at_keys = fill_positions(
         q, k, spec, query_positions, key_positions, ordered=causal
     )
+    for name, given in (("key_mask", key_mask), ("segments", segments)):
+        if given is not None:
+            check_device(given, name, q)
     if key_mask is not None and (key_mask.shape != (batch, total) or key_mask.dtype != torch.bool):
         raise ValueError(
             f"key_mask has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype}: "
@@ -112,7 +124,7 @@ def prepare(
         )
     query_segments = None
     if segments is not None:
-        if segments.shape != (batch, total) or segments.is_floating_point():
+        if segments.shape != (batch, total) or segments.dtype not in _INTEGERS:
             raise ValueError(
                 f"segments has shape {tuple(segments.shape)} and dtype {segments.dtype}: "
                 f"expected (B, S) = {(batch, total)} and integers"
@@ -143,11 +155,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         ValueError: If they do not fit one another.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 4 or not tensor.is_floating_point():
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}: "
-                "expected 4 axes (B, heads, length, channels), floating point"
-            )
+        check_channels(tensor, name)
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
             f"k has shape {tuple(k.shape)} and q {tuple(q.shape)}: batch and head_dim must agree"
@@ -157,7 +165,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}: batch, heads and length "
             "must agree"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q has {q.shape[1]} heads and k {k.shape[1]}: expected a multiple of the key heads"
         )
@@ -207,9 +215,9 @@ def fill_positions(
     if key_positions is None:
         key_positions = torch.arange(total, device=q.device)
     filled = []
-    for name, given, size in (
-        ("query_positions", query_positions, length),
-        ("key_positions", key_positions, total),
+    for name, given, x in (
+        ("query_positions", query_positions, q),
+        ("key_positions", key_positions, k),
     ):
-        filled.append(as_positions(given, spec.num_axes, name, q.shape[0], size))
+        filled.append(as_positions(given, spec.num_axes, name, x))
     return filled[0], filled[1]

@@ -9,8 +9,10 @@ from torch import Tensor
 from whatwhere.attention.angles import rotation_table, temperature
 from whatwhere.spec import Magnitude, ScoreSpec
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def as_positions(positions: Tensor, num_axes: int, name: str, batch: int, length: int) -> Tensor:
+
+def as_positions(positions: Tensor, num_axes: int, name: str, x: Tensor) -> Tensor:
     """Positions as ``(B or 1, T, A)`` int64.
 
     Args:
@@ -18,12 +20,13 @@ def as_positions(positions: Tensor, num_axes: int, name: str, batch: int, length
             axis may leave out.
         num_axes: ``A``.
         name: What the argument is called in messages.
-        batch: ``B``.
-        length: ``T``.
+        x: What stands there, ``(B, heads, T, ...)``.
 
     Raises:
-        ValueError: If the dtype is not an integer one or the shape does not fit.
+        ValueError: If the dtype is not an integer one, or the shape or device does not fit.
     """
+    batch, length = x.shape[0], x.shape[2]
+    check_device(positions, name, x)
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         raise ValueError(
             f"{name} has dtype {positions.dtype}: expected integers "
@@ -44,6 +47,18 @@ def as_positions(positions: Tensor, num_axes: int, name: str, batch: int, length
     return at.long()
 
 
+def check_device(given: Tensor, name: str, x: Tensor) -> None:
+    """Check that an argument is a tensor, on the device of queries or keys.
+
+    Raises:
+        ValueError: If it is not; the message calls it ``name``.
+    """
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name} is a {type(given).__name__}: expected a tensor")
+    if given.device != x.device:
+        raise ValueError(f"{name} is on {given.device}: expected {x.device}, as queries and keys")
+
+
 def check_spec(x: Tensor, spec: ScoreSpec, name: str, heads: bool) -> None:
     """Check that a spec fits queries ``(B, H, T, D)`` or keys ``(B, G, S, D)``.
 
@@ -54,10 +69,14 @@ def check_spec(x: Tensor, spec: ScoreSpec, name: str, heads: bool) -> None:
         heads: Whether its heads are query heads, of which the spec may know the number.
 
     Raises:
-        ValueError: If the spec was made for another number of heads or channels.
+        ValueError: If the spec was made for another number of heads or channels, or is none.
     """
-    if x.ndim != 4:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (B, heads, length, D)")
+    if not isinstance(spec, ScoreSpec):
+        raise ValueError(
+            f"spec is a {type(spec).__name__}: expected a ScoreSpec, which an encoding returns "
+            "when it is called: encoding()"
+        )
+    check_channels(x, name)
     used = spec.num_frequencies * (2 if spec.feature == "rotate" else 1)
     if used > x.shape[3]:
         raise ValueError(
@@ -70,6 +89,21 @@ def check_spec(x: Tensor, spec: ScoreSpec, name: str, heads: bool) -> None:
                 f"spec.{field} is for {tensor.shape[0]} heads, but {name} has {x.shape[1]}: "
                 "expected one row per query head"
             )
+
+
+def check_channels(x: Tensor, name: str) -> None:
+    """Check that queries, keys or values are ``(B, heads, length, channels)``, floating point.
+
+    Raises:
+        ValueError: If they are not; the message calls them ``name``.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor")
+    if x.ndim != 4 or x.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}: expected 4 axes "
+            "(B, heads, length, channels), floating point of 16, 32 or 64 bits"
+        )
 
 
 def magnitudes(x: Tensor, kind: Magnitude) -> Tensor:
@@ -101,7 +135,7 @@ def encode_queries(q: Tensor, spec: ScoreSpec, positions: Tensor) -> Tensor:
         ValueError: If positions or shapes do not fit.
     """
     check_spec(q, spec, "q", heads=True)
-    at = as_positions(positions, spec.num_axes, "positions", q.shape[0], q.shape[2])
+    at = as_positions(positions, spec.num_axes, "positions", q)
     gain = None
     if spec.temperature_length is not None:
         gain = temperature(at[..., 0], spec.temperature_length)[:, None, :, None]
@@ -117,7 +151,7 @@ def encode_keys(k: Tensor, spec: ScoreSpec, positions: Tensor) -> Tensor:
         ValueError: If positions or shapes do not fit.
     """
     check_spec(k, spec, "k", heads=False)
-    at = as_positions(positions, spec.num_axes, "positions", k.shape[0], k.shape[2])
+    at = as_positions(positions, spec.num_axes, "positions", k)
     return _encode(k, spec, at, phase=None, gain=None)
 
 
@@ -133,7 +167,7 @@ def _encode(
         for table in rotation_table(spec.inv_freq[:, :turning], positions, dtype)
     )
     if phase is not None:
-        turn = phase[:, None, :turning].to(dtype)
+        turn = phase[:, None, :turning].to(device=cos.device, dtype=dtype)
         cos, sin = _turn_back(cos, sin, turn.cos(), turn.sin())
     if gain is not None:
         gain = gain.to(dtype)

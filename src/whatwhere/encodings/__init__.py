@@ -42,8 +42,8 @@ def options(name: str) -> dict[str, inspect.Parameter]:
     Raises:
         ValueError: If there is no encoding of this name.
     """
-    if name not in ENCODINGS:
-        close = get_close_matches(name, ENCODINGS, n=1)
+    if not isinstance(name, str) or name not in ENCODINGS:
+        close = get_close_matches(str(name), ENCODINGS, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(
             f"unknown encoding {name!r}{hint}: expected one of {', '.join(ENCODINGS)}"

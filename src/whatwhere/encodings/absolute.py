@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from whatwhere.encodings.base import Encoding, check_base
+from whatwhere.encodings.base import Encoding, check_base, check_whole
 from whatwhere.encodings.frequencies import geometric
 from whatwhere.spec import ScoreSpec
 
@@ -33,9 +33,8 @@ class Absolute(Encoding):
         scale: float | None = None,
     ) -> None:
         super().__init__(head_dim, num_heads, temperature_length=temperature_length, scale=scale)
-        self.embedding_dim = head_dim * num_heads if embedding_dim is None else embedding_dim
-        if self.embedding_dim < 1:
-            raise ValueError(f"embedding_dim={embedding_dim}: expected a positive integer")
+        width = self.head_dim * self.num_heads if embedding_dim is None else embedding_dim
+        self.embedding_dim = check_whole("embedding_dim", width)
 
     def forward(self, device: torch.device | str | None = None) -> ScoreSpec:
         """An ``identity`` spec: positions are in the embeddings already."""
@@ -115,13 +114,11 @@ class Learned(Absolute):
             scale=scale,
         )
         length = train_length if max_length is None else max_length
-        if length is None or length < 1:
-            raise ValueError(
-                f"max_length={max_length}, train_length={train_length}: learned positions need "
-                "one of them, at least 1"
-            )
-        self.max_length = length
-        self.weight = nn.Parameter(torch.empty(length, self.embedding_dim))
+        if length is None:
+            raise ValueError("learned positions need max_length or train_length: both are None")
+        name = "train_length" if max_length is None else "max_length"
+        self.max_length = check_whole(name, length)
+        self.weight = nn.Parameter(torch.empty(self.max_length, self.embedding_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,6 +132,7 @@ class Learned(Absolute):
             ValueError: If a position lies outside the table (not checked while compiling).
         """
         _check_positions(positions)
+        positions = positions.long()  # the lookup takes no narrower integers
         if not torch.compiler.is_compiling() and positions.numel() and not positions.is_meta:
             low, high = (int(p) for p in torch.aminmax(positions))
             if low < 0 or high >= self.max_length:
@@ -146,5 +144,7 @@ class Learned(Absolute):
 
 
 def _check_positions(positions: Tensor) -> None:
-    if positions.is_floating_point() or positions.dtype == torch.bool:
+    if not isinstance(positions, Tensor):
+        raise ValueError(f"positions is a {type(positions).__name__}: expected an integer tensor")
+    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         raise ValueError(f"positions has dtype {positions.dtype}: expected integers")

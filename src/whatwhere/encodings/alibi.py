@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from whatwhere.encodings.base import Encoding
+from whatwhere.encodings.base import Encoding, check_number
 from whatwhere.spec import ScoreSpec
 
 
@@ -46,6 +46,7 @@ class ALiBi(Encoding):
         scale: float | None = None,
     ) -> None:
         super().__init__(head_dim, num_heads, temperature_length=temperature_length, scale=scale)
+        fraction = check_number("fraction", fraction)
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction={fraction}: expected more than 0 and at most 1")
         count = round(fraction * num_heads)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +41,12 @@ class Encoding(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("head_dim", head_dim), ("num_heads", num_heads)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a positive integer")
-        if temperature_length is not None and temperature_length < 1:
-            raise ValueError(f"temperature_length={temperature_length}: expected at least 1")
-        self.head_dim = head_dim
-        self.num_heads = num_heads
+        if temperature_length is not None:
+            temperature_length = check_whole("temperature_length", temperature_length)
+        self.head_dim = check_whole("head_dim", head_dim)
+        self.num_heads = check_whole("num_heads", num_heads)
         self.temperature_length = temperature_length
-        self.scale = head_dim**-0.5 if scale is None else scale
+        self.scale = self.head_dim**-0.5 if scale is None else check_number("scale", scale)
         self.frequencies: tuple[tuple[float, ...], ...] = ()
         self._inv_freq: dict[torch.device, Tensor] = {}
 
@@ -102,12 +101,39 @@ class Encoding(nn.Module):
         return ", ".join(parts)
 
 
+def check_whole(name: str, value: int) -> int:
+    """``value`` as an ``int``; NumPy's integers are taken too.
+
+    Raises:
+        ValueError: If it is not a positive integer.
+    """
+    try:
+        whole = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = 0
+    if whole < 1:
+        raise ValueError(f"{name}={value!r}: expected a positive integer")
+    return whole
+
+
+def check_number(name: str, value: float) -> float:
+    """``value`` as a ``float``; integers and NumPy's numbers are taken too.
+
+    Raises:
+        ValueError: If it is not a number, text that spells one included.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r}: expected a number, got a {type(value).__name__}")
+    return float(value)
+
+
 def check_base(base: float) -> float:
     """``base`` if frequencies can be made from it.
 
     Raises:
         ValueError: If it is not a finite number above 1.
     """
+    base = check_number("base", base)
     if not 1 < base < float("inf"):
         raise ValueError(f"base={base}: expected a finite number above 1")
     return base
@@ -126,6 +152,7 @@ def rotated_units(head_dim: int, fraction: float, unit: int, nobody: str) -> int
         ValueError: If the fraction is out of range, rotates no channel, or ``head_dim`` does not
             divide into units.
     """
+    head_dim, fraction = check_whole("head_dim", head_dim), check_number("fraction", fraction)
     if head_dim % unit:
         raise ValueError(f"head_dim={head_dim}: rotating pairs of channels needs an even number")
     if not 0 < fraction <= 1:
@@ -153,12 +180,16 @@ def split_axes(
     Raises:
         ValueError: If the axes do not fit the head.
     """
-    if not axes or any(n < unit or n % unit for n in axes) or sum(axes) > head_dim:
+    try:
+        counts = [check_whole("axes", n) for n in axes]
+    except (TypeError, ValueError):
+        counts = []
+    if not counts or any(n % unit for n in counts) or sum(counts) > head_dim:
         raise ValueError(
-            f"axes={tuple(axes)}: expected channels for each position axis, multiples of {unit}, "
+            f"axes={axes!r}: expected channels for each position axis, multiples of {unit}, "
             f"together at most head_dim={head_dim}"
         )
-    counts = [n // unit for n in axes]
+    counts = [n // unit for n in counts]
     return tuple(
         (0.0,) * sum(counts[:a]) + geometric(count, base) + (0.0,) * sum(counts[a + 1 :])
         for a, count in enumerate(counts)

@@ -9,7 +9,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from whatwhere.encodings.base import Encoding, check_base, rotated_units, split_axes
+from whatwhere.encodings.base import (
+    Encoding,
+    check_base,
+    check_whole,
+    rotated_units,
+    split_axes,
+)
 from whatwhere.encodings.frequencies import geometric, in_distribution
 from whatwhere.spec import Magnitude, ScoreSpec
 
@@ -85,6 +91,8 @@ class Polar(Encoding):
     def forward(self, device: torch.device | str | None = None) -> ScoreSpec:
         """A ``polar`` spec."""
         phase = self.phase()
+        if phase is not None and device is not None:
+            phase = phase.to(device)
         return ScoreSpec(
             feature="polar",
             scale=self.scale,
@@ -150,13 +158,13 @@ class PoPE(Polar):
         temperature_length: int | None = None,
         scale: float | None = None,
     ) -> None:
-        check_base(base)
+        base = check_base(base)
         turning = rotated_units(head_dim, fraction, 1, "for no rotation use NoPE")
         if axes is None:
             frequencies: tuple[tuple[float, ...], ...] = (geometric(turning, base),)
         else:
             if fraction != 1:
-                raise ValueError(f"fraction={fraction} together with axes={tuple(axes)}: give one")
+                raise ValueError(f"fraction={fraction} together with axes={axes!r}: give one")
             frequencies = split_axes(axes, head_dim, 1, base)
         super().__init__(
             head_dim,
@@ -206,6 +214,7 @@ class PoPEID(Polar):
         temperature_length: int | None = None,
         scale: float | None = None,
     ) -> None:
+        train_length = check_whole("train_length", train_length)
         if temperature and temperature_length is None:
             temperature_length = train_length
         turning = rotated_units(head_dim, fraction, 1, "for no rotation use NoPE")

@@ -45,13 +45,13 @@ class RoPE(Encoding):
         scale: float | None = None,
     ) -> None:
         super().__init__(head_dim, num_heads, temperature_length=temperature_length, scale=scale)
-        check_base(base)
+        base = check_base(base)
         pairs = rotated_units(head_dim, fraction, 2, "for no rotation use NoPE")
         if axes is None:
             self.frequencies = (geometric(pairs, base),)
         else:
             if fraction != 1:
-                raise ValueError(f"fraction={fraction} together with axes={tuple(axes)}: give one")
+                raise ValueError(f"fraction={fraction} together with axes={axes!r}: give one")
             self.frequencies = split_axes(axes, head_dim, 2, base)
 
     def forward(self, device: torch.device | str | None = None) -> ScoreSpec:

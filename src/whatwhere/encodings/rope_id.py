@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from whatwhere.encodings.base import Encoding, rotated_units
+from whatwhere.encodings.base import Encoding, check_whole, rotated_units
 from whatwhere.encodings.frequencies import in_distribution
 from whatwhere.spec import ScoreSpec
 
@@ -43,6 +43,7 @@ class RoPEID(Encoding):
         temperature_length: int | None = None,
         scale: float | None = None,
     ) -> None:
+        train_length = check_whole("train_length", train_length)
         if temperature and temperature_length is None:
             temperature_length = train_length
         super().__init__(head_dim, num_heads, temperature_length=temperature_length, scale=scale)

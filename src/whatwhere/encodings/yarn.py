@@ -7,7 +7,7 @@ import math
 import torch
 
 from whatwhere.encodings import frequencies
-from whatwhere.encodings.base import Encoding, check_base, rotated_units
+from whatwhere.encodings.base import Encoding, check_base, check_number, check_whole, rotated_units
 from whatwhere.spec import ScoreSpec
 
 
@@ -47,12 +47,14 @@ class YaRN(Encoding):
         scale: float | None = None,
     ) -> None:
         super().__init__(head_dim, num_heads, temperature_length=temperature_length, scale=scale)
-        check_base(base)
+        base = check_base(base)
+        factor = check_number("factor", factor)
+        beta_fast = check_number("beta_fast", beta_fast)
+        beta_slow = check_number("beta_slow", beta_slow)
+        train_length = check_whole("train_length", train_length)
         if not 1 <= factor < float("inf"):
             raise ValueError(f"factor={factor}: expected at least 1, new length over original")
-        if train_length < 1:
-            raise ValueError(f"train_length={train_length}: expected at least 1")
-        if not 0 < beta_slow <= beta_fast:
+        if not 0 < beta_slow <= beta_fast < float("inf"):
             raise ValueError(
                 f"beta_slow={beta_slow}, beta_fast={beta_fast}: expected 0 < slow <= fast"
             )
