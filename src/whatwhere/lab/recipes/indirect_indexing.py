@@ -34,22 +34,34 @@ ACCURACY = {
 
 
 def quick() -> Recipe:
-    """A small variant of the task for a CPU; no paper has figures for it."""
+    """A small variant for a CPU; no paper has figures for it.
+
+    One length of string, shifts of one letter at most, and a high learning rate. Repeating the
+    source letter, the answer to a shift of 0, and guessing otherwise gives about 46 %. PoPE has
+    been seen to break away from that, RoPE has not, but not with every seed: see LOG.md.
+    """
     return Recipe(
         name="indirect-indexing",
         description=(
             "Find a letter in a string, step away from it, say what is there: a small variant "
-            "for a CPU (strings of 8 to 12 letters, shifts up to 5)"
+            "for a CPU (strings of 8 of 26 letters, shifts of -1, 0, +1)"
         ),
-        data=IndirectIndexingData(min_length=8, max_length=12, max_shift=5, test_examples=2000),
-        model=ModelSettings(hidden_size=128, num_hidden_layers=4, num_attention_heads=4),
+        data=IndirectIndexingData(
+            min_length=8, max_length=8, max_shift=1, alphabet_size=26, test_examples=2000
+        ),
+        model=ModelSettings(hidden_size=64, num_hidden_layers=3, num_attention_heads=4),
         training=TrainingSettings(
-            steps=4000,
+            steps=12_000,
             batch_size=64,
-            learning_rate=1e-3,
-            min_learning_rate=1e-4,
+            learning_rate=3e-3,
+            min_learning_rate=3e-4,
             warmup_steps=200,
+            weight_decay=0.01,
             beta2=0.99,
+            log_every=100,
+            validate_every=1000,
+            validation_sequences=1000,
+            checkpoint_every=2000,
         ),
         encodings={label: ENCODINGS[label] for label in ("rope", "pope")},
     )
