@@ -44,10 +44,10 @@ class WhatWhereAttention(nn.Module):
 
     def forward(self, hidden: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """``(B, T, hidden_size)`` to the same."""
-        split = (*hidden.shape[:2], -1, self.head_dim)
-        q = self.q_proj(hidden).view(split)
-        k = self.k_proj(hidden).view(split)
-        v = self.v_proj(hidden).view(split).transpose(1, 2)
+        split = (-1, self.head_dim)
+        q = self.q_proj(hidden).unflatten(-1, split)
+        k = self.k_proj(hidden).unflatten(-1, split)
+        v = self.v_proj(hidden).unflatten(-1, split).transpose(1, 2)
         if self.config.qk_norm:
             # Autocast runs the norm in float32; attention wants one dtype.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)

@@ -9,7 +9,11 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from transformers import PreTrainedConfig
 
+from whatwhere.attention import BACKENDS
 from whatwhere.encodings import ENCODINGS, Encoding, make, options
+
+# What `make` is given from the config's sizes.
+_OF_THE_SHAPE = frozenset({"name", "head_dim", "num_heads", "train_length"})
 
 MLP = Literal["gelu", "swiglu"]
 CacheForm = Literal["auto", "encoded", "raw"]
@@ -128,6 +132,12 @@ class WhatWhereConfig(PreTrainedConfig):
                     f"{what} lists {len(value)} entries: expected one for each of "
                     f"num_hidden_layers={layers}"
                 )
+        for option in given if isinstance(given, (list, tuple)) else [given]:
+            if option is not None and not isinstance(option, dict):
+                raise ValueError(
+                    f"position_encoding_options={given!r}: expected a dict, or a list with one "
+                    "for each layer"
+                )
         by_layer = list(names) if isinstance(names, (list, tuple)) else [names] * layers
         chosen = list(given) if isinstance(given, (list, tuple)) else [given] * layers
         return [(name, dict(option or {})) for name, option in zip(by_layer, chosen, strict=True)]
@@ -162,6 +172,13 @@ class WhatWhereConfig(PreTrainedConfig):
         Raises:
             ValueError: As `whatwhere.make`, or if the encoding does not suit a causal decoder.
         """
+        for key in given:
+            if key in _OF_THE_SHAPE or not isinstance(key, str):
+                raise ValueError(
+                    f"position_encoding_options has {key!r}: expected options of encoding "
+                    f"{name!r}; head_dim, num_heads and train_length follow from the config's "
+                    "sizes"
+                )
         if is_absolute(name):
             given = {"embedding_dim": self.hidden_size, **given}
             if given["embedding_dim"] != self.hidden_size:
@@ -203,11 +220,20 @@ class WhatWhereConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={groups}"
             )
-        for name, valid in (("mlp", get_args(MLP)), ("cache_form", get_args(CacheForm))):
+        choices = {"mlp": get_args(MLP), "cache_form": get_args(CacheForm)}
+        choices["attention_backend"] = ("auto", *BACKENDS)
+        for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {valid}")
-        if not 0 <= self.dropout < 1:
+        for name in ("dropout", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name}={value!r}: expected a number of at least 0")
+        if self.dropout >= 1:
             raise ValueError(f"dropout={self.dropout}: expected at least 0 and below 1")
+        for name in ("qk_norm", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False")
 
     def _check_encodings(self) -> None:
         seen: list[tuple[str, dict[str, Any]]] = []

@@ -75,6 +75,7 @@ def lay_out(
     """
     if segment_ids is not None:
         _check(segment_ids, "segment_ids", ((batch, length),))
+        segment_ids = segment_ids.to(device)
         if past_key_values is not None:
             raise ValueError("segment_ids with a cache: packed documents need use_cache=False")
     if position_ids is not None:
@@ -85,14 +86,15 @@ def lay_out(
     if past_key_values is not None and not (isinstance(past, int) and past == 0):
         mask = _mask(attention_mask, batch, None, device)
         return _continued(length, device, mask, position_ids, past_key_values, past)
-    if attention_mask is not None and past_key_values is not None:
+    if isinstance(attention_mask, Tensor) and past_key_values is not None:
         attention_mask = attention_mask[..., :length]  # a static cache's mask reaches to its end
     mask = _mask(attention_mask, batch, length, device)
     cached = past_key_values is not None
-    return _alone(length, device, mask, position_ids, segment_ids, cached)
+    return _alone(batch, length, device, mask, position_ids, segment_ids, cached)
 
 
 def _alone(
+    batch: int,
     length: int,
     device: torch.device,
     mask: Tensor | None,
@@ -120,10 +122,10 @@ def _alone(
         return Layout(positions, query_positions=ordered, key_positions=ordered, key_mask=mask)
     if position_ids is None:
         return Layout(torch.arange(length, device=device))
-    return Layout(position_ids) if cached else _given(position_ids)
+    return Layout(position_ids) if cached else _given(position_ids, batch)
 
 
-def _given(position_ids: Tensor) -> Layout:
+def _given(position_ids: Tensor, batch: int) -> Layout:
     """Layout of explicit positions without a mask: where they fall, a new document starts."""
     rows = position_ids.reshape(-1, position_ids.shape[-1])
     steps = rows.diff(dim=-1, prepend=rows[:, :1] - 1)
@@ -133,7 +135,7 @@ def _given(position_ids: Tensor) -> Layout:
     else:
         facts = (restarts.any(), (steps > 1).any(), (rows[:, 0] != 0).any())
         restarted, skipped, shifted = torch.stack(facts).tolist()
-    segments = restarts.cumsum(dim=-1) if restarted else None
+    segments = restarts.cumsum(dim=-1).expand(batch, -1) if restarted else None
     if not (skipped or (shifted and not restarted)):
         return Layout(position_ids, segments=segments)
     return Layout(
@@ -187,6 +189,8 @@ def _continued(
 
 
 def _check(ids: Tensor, name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name} is a {type(ids).__name__}: expected a tensor of integers")
     if tuple(ids.shape) not in shapes or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}: expected integers of "
@@ -200,6 +204,8 @@ def _mask(
     """The mask as ``(B, S)`` bool on the device."""
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(f"attention_mask is a {type(attention_mask).__name__}: expected a tensor")
     shape = tuple(attention_mask.shape)
     if len(shape) != 2 or shape[0] != batch or (width is not None and shape[1] != width):
         expected = f"({batch}, {'cached and new tokens' if width is None else width})"

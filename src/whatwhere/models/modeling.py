@@ -124,7 +124,8 @@ class WhatWhereModel(WhatWherePreTrainedModel):
             past_key_values: Cache of transformers. It is added to.
             inputs_embeds: ``(B, T, hidden_size)`` in place of ``input_ids``.
             use_cache: Whether to make a cache if none is given; by default not, so that
-                training and evaluation pay for none. ``generate`` asks for it.
+                training and evaluation pay for none. ``generate`` asks for it. A cache that is
+                given is read and added to in any case.
             segment_ids: ``(B, T)`` integers, the document of each token of a packed batch.
                 Documents do not see one another, and positions start anew in each.
             output_hidden_states: Whether to return the embeddings and every layer's output.
@@ -135,6 +136,7 @@ class WhatWhereModel(WhatWherePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        _check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         if kwargs.get("output_attentions"):
             raise ValueError(
                 "output_attentions=True: fused kernels keep no weights; whatwhere.scores gives "
@@ -208,9 +210,32 @@ class WhatWhereModel(WhatWherePreTrainedModel):
             raise ValueError(
                 f"past_key_values is a {type(given).__name__}: expected a transformers Cache"
             )
-        if use_cache is False or (self.gradient_checkpointing and self.training):
+        if self.gradient_checkpointing and self.training:
+            past = 0 if given is None else given.get_seq_length()
+            if not (isinstance(past, int) and past == 0):
+                raise ValueError(
+                    "past_key_values holds tokens, which gradient checkpointing would add anew in "
+                    "the backward pass: call eval() or gradient_checkpointing_disable()"
+                )
             return None
         return DynamicCache(config=self.config) if given is None and use_cache else given
+
+
+def _check_tokens(ids: Any, embeds: Any, width: int) -> None:
+    given = ids if embeds is None else embeds
+    name = "input_ids" if embeds is None else "inputs_embeds"
+    expected = "int64 or int32 of shape (B, T)" if embeds is None else f"shape (B, T, {width})"
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name} is a {type(given).__name__}: expected a tensor, {expected}")
+    fits = (
+        given.ndim == 2 and given.dtype in (torch.int64, torch.int32)
+        if embeds is None
+        else given.ndim == 3 and given.shape[2] == width
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {tuple(given.shape)} and dtype {given.dtype}: expected {expected}"
+        )
 
 
 class WhatWhereForCausalLM(WhatWherePreTrainedModel, GenerationMixin):

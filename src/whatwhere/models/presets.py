@@ -132,7 +132,7 @@ def preset(name: str, **overrides: Any) -> WhatWhereConfig:
     Raises:
         ValueError: If the name or a field is unknown, or the values do not fit one another.
     """
-    key = name.lower()
+    key = str(name).lower()
     if key not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     known = [f.name for f in fields(WhatWhereConfig)]
@@ -151,9 +151,15 @@ def preset(name: str, **overrides: Any) -> WhatWhereConfig:
 def _with_delta(encoding: Any, given: Any, delta: str) -> Any:
     """Options with the paper's start of ``delta`` for the encodings that have one."""
 
-    def fill(name: str, option: dict[str, Any]) -> dict[str, Any]:
+    def fill(name: str, option: Any) -> Any:
+        option = {} if option is None else option
+        if not isinstance(option, dict):
+            return option  # the config says what is wrong
         return {"delta": delta, **option} if "delta" in options(name) else dict(option)
 
+    given = {} if given is None else given
+    if not isinstance(encoding, (str, list, tuple)) or not isinstance(given, (dict, list, tuple)):
+        return given  # the config says what is wrong
     if isinstance(encoding, str) and isinstance(given, dict):
         return fill(encoding, given)
     size = len(given if isinstance(encoding, str) else encoding)
