@@ -171,3 +171,17 @@ def test_embeddings_take_every_integer(name: str, dtype: torch.dtype) -> None:
     wide, narrow = encoding.embed(row), encoding.embed(row.to(dtype))
     assert wide is not None and narrow is not None
     torch.testing.assert_close(narrow, wide, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_second_derivatives_name_the_backend_that_has_them(backend: str) -> None:
+    q = torch.randn(1, H, 32, D, dtype=torch.float64, requires_grad=True)
+
+    def penalty(backend: str) -> torch.Tensor:
+        out = ww.attention(q, q, q, make("pope")(), causal=True, backend=backend)
+        return torch.autograd.grad(out.pow(2).sum(), q, create_graph=True)[0].pow(2).sum()
+
+    with pytest.raises(RuntimeError, match=r"second derivatives.*backend='reference'"):
+        penalty(backend).backward()
+    penalty("reference").backward()
+    assert q.grad is not None and q.grad.isfinite().all()

@@ -178,6 +178,13 @@ def _differentiate(
     return *grads, None, None
 
 
+def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "backend 'cpu' has no second derivatives: call attention with backend='reference'"
+    )
+
+
 rows_forward.register_autograd(_differentiate, setup_context=_keep)
+rows_backward.register_autograd(_differentiate_twice)
 
 BACKEND = Backend(run=run, refuses=refuses)
