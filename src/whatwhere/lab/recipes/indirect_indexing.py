@@ -37,8 +37,8 @@ def quick() -> Recipe:
     """A small variant for a CPU; no paper has figures for it.
 
     One length of string, shifts of one letter at most, and a high learning rate. Repeating the
-    source letter, the answer to a shift of 0, and guessing otherwise gives about 46 %. PoPE has
-    been seen to break away from that, RoPE has not, but not with every seed: see LOG.md.
+    source letter, the answer to a shift of 0, and guessing otherwise gives about 46 %; neither
+    encoding gets far beyond with the seeds tried (LOG.md).
     """
     return Recipe(
         name="indirect-indexing",
