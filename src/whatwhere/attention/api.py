@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from whatwhere.attention import cpu, flex, reference, sdpa
+from whatwhere.attention import cpu, flex, reference, sdpa, triton
 from whatwhere.attention.angles import rotation_table
 from whatwhere.attention.call import Backend, Call, prepare
 from whatwhere.spec import ScoreSpec, UnsupportedError
@@ -21,6 +21,7 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": sdpa.BACKEND,
     "flex": flex.BACKEND,
     "cpu": cpu.BACKEND,
+    "triton": triton.BACKEND,
 }
 
 # Queries from which row blocks beat SDPA over padded values (benchmarks/results).
