@@ -34,7 +34,8 @@ from triton.runtime.jit import JITFunction
 
 import whatwhere as ww
 from whatwhere.attention.call import prepare
-from whatwhere.attention.triton import launch, score_arguments, shapes
+from whatwhere.attention.triton import arguments as call_arguments
+from whatwhere.attention.triton import launch, shapes
 from whatwhere.attention.triton.problem import Problem, Score
 
 RECORD = Path(__file__).parent / "results" / "kernels.csv"
@@ -130,7 +131,7 @@ def launches(case: Case, capability: int) -> list[Launch]:
         "key_positions": at if "positions" in case.call else None,
     }
     call = prepare(q, k, v, encoding(), "causal" in case.call, **given)
-    arguments = score_arguments(call)
+    arguments = call_arguments.of(call)
     with mock.patch.object(shapes, "_capability", lambda device: capability):
         problem = Problem(q, k, wide, k.shape[2], Score(*arguments))
         out = torch.zeros(1, heads, case.length, wide, dtype=case.dtype)
@@ -142,7 +143,7 @@ def launches(case: Case, capability: int) -> list[Launch]:
                 **given, "query_positions": None if given["query_positions"] is None else at[:, -1:]
             })
             last = q[:, :, -1:]
-            few = Problem(last, k, wide, k.shape[2], Score(*score_arguments(one)))
+            few = Problem(last, k, wide, k.shape[2], Score(*call_arguments.of(one)))
             found += recorded(lambda: launch.run_decode(few, last, k, v))
     return found
 

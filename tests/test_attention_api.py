@@ -19,6 +19,8 @@ TAKES: dict[str, tuple[set[str], set[str]]] = {
     "sdpa": (ALL, ALL),
     "flex": (ALL, set()),
     "cpu": ({"in_order", "full"}, {"in_order", "full"}),
+    "triton": (ALL, ALL),
+    "widened": (ALL, ALL),
 }
 
 

@@ -110,6 +110,9 @@ test_error_masked_bf16 = budget("masked", torch.bfloat16)
 test_error_masked_fp16 = budget("masked", torch.float16)
 test_error_masked_fp32 = budget("masked", torch.float32)
 test_error_by_position_bf16 = budget("positions", torch.bfloat16)
+test_error_by_position_fp32 = budget("positions", torch.float32)
+test_error_packed_fp32 = budget("packed", torch.float32)
+test_error_windowed_fp32 = budget("windowed", torch.float32)
 
 
 @every_dtype

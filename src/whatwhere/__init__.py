@@ -16,6 +16,7 @@ from whatwhere.attention import (
     encode_queries,
     explain,
     grid,
+    paged_attention,
     scores,
     table_bytes,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "explain",
     "grid",
     "make",
+    "paged_attention",
     "scores",
     "table_bytes",
 ]

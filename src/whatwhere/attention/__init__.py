@@ -15,6 +15,7 @@ from whatwhere.attention.api import (
     table_bytes,
 )
 from whatwhere.attention.features import encode_keys, encode_queries
+from whatwhere.attention.paged import paged_attention
 
 __all__ = [
     "BACKENDS",
@@ -25,6 +26,7 @@ __all__ = [
     "encode_queries",
     "explain",
     "grid",
+    "paged_attention",
     "scores",
     "table_bytes",
 ]

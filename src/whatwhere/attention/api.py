@@ -22,6 +22,7 @@ BACKENDS: dict[str, Backend] = {
     "flex": flex.BACKEND,
     "cpu": cpu.BACKEND,
     "triton": triton.BACKEND,
+    "widened": triton.WIDENED,
 }
 
 # Queries from which row blocks beat SDPA over padded values (benchmarks/results).

@@ -213,6 +213,11 @@ def backward_keys_kernel(
     # Addresses and angles are worked out and read anew: kept through the loop, they would push
     # the accumulators out of registers.
     late = tl.arange(0, BN) + zero
+    n0 = (tl.program_id(0) + zero) * BN
+    pair = tl.program_id(1) + zero
+    b = (pair // G).to(tl.int64)
+    g = pair % G
+    k_table = b * k_table_b + n0.to(tl.int64) * R
     late_ok = n0 + late < S
     late_live = late_ok
     if KEYS_MASKED:

@@ -165,6 +165,13 @@ def backward_queries_kernel(
     # Addresses and angles are worked out and read anew: kept through the loop, they would push
     # the accumulators out of registers.
     late = tl.arange(0, BM) + zero
+    block = tl.program_id(0) + zero
+    block = tl.num_programs(0) - 1 - block if CAUSAL else block
+    m0 = block * BM
+    pair = tl.program_id(1) + zero
+    b = (pair // H).to(tl.int64)
+    h = pair % H
+    q_table = b * q_table_b + m0.to(tl.int64) * R
     late_ok = m0 + late < T
     # The width of a head, at which the gradients of a query lie next to one another.
     D = rest_at + P

@@ -30,7 +30,7 @@ def decode_kernel(
     Q_AT, q_at_b, K_AT, k_at_b, Q_SEGMENT, K_SEGMENT, K_MASK,
     H, T, S, ahead, window, R, P, W, magnitudes, scale, zero,
     GROUPS: tl.constexpr,
-    KIND: tl.constexpr, MAGNITUDE: tl.constexpr, KEY_MAGNITUDE: tl.constexpr, PART_OF: tl.constexpr,
+    KIND: tl.constexpr, MAGNITUDE: tl.constexpr, PART_OF: tl.constexpr,
     R2: tl.constexpr, P2: tl.constexpr, V2: tl.constexpr, AXES: tl.constexpr,
     PHASED: tl.constexpr, GAINED: tl.constexpr, SLOPED: tl.constexpr,
     KEYS_IN_ORDER: tl.constexpr, IN_ORDER: tl.constexpr, PAGED: tl.constexpr,
@@ -136,7 +136,7 @@ def decode_kernel(
         s = tl.zeros([BN, BM], tl.float32)
         if TURNS:
             k_a = load_tile(K, k_at_row, k_ok, 1, k_d, 0, R, R2, True)
-            k_a = as_magnitude(k_a, 0, magnitudes, R2, False, KEY_MAGNITUDE).to(tl.float32)
+            k_a = as_magnitude(k_a, 0, magnitudes, R2, False, MAGNITUDE).to(tl.float32)
             k_b2 = k_a
             if KIND == ROTATE:
                 k_b2 = load_tile(K, k_at_row, k_ok, 1, k_d, R, R, R2, True).to(tl.float32)
@@ -160,7 +160,7 @@ def decode_kernel(
         if RESTS:
             k3 = load_tile(K, k_at_row, k_ok, 1, k_d, rest_at, P, P2, True)
             if KIND == POLAR:
-                k3 = as_magnitude(k3, R, magnitudes, P2, PART_OF, KEY_MAGNITUDE)
+                k3 = as_magnitude(k3, R, magnitudes, P2, PART_OF, MAGNITUDE)
             s = tl.dot(k3, tl.trans(q3), s, input_precision=PRECISION)
         s *= factor[None, :]
         if SLOPED:

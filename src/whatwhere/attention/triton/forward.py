@@ -184,10 +184,13 @@ def forward_kernel(
 
     found = total > 0.0
     out = out / tl.where(found, total, 1.0)[:, None]
-    # Lengths lie before heads in memory, as the projection after attention wants them.
-    OUT += (b * T + m0) * H * W + h * W
     late = tl.arange(0, BM) + zero
+    block = tl.program_id(0) + zero
+    m0 = (tl.num_programs(0) - 1 - block if CAUSAL else block) * BM
+    pair = tl.program_id(1) + zero
     late_ok = m0 + late < T
+    # Lengths lie before heads in memory, as the projection after attention wants them.
+    OUT += ((pair // H).to(tl.int64) * T + m0) * H * W + pair % H * W
     store_tile(OUT, out, late, late_ok, H * W, 0, W, V2)
     lse = tl.where(found, top + tl.log2(tl.where(found, total, 1.0)), float("inf"))
     tl.store(LSE + pair.to(tl.int64) * T + m0 + late, lse, mask=late_ok)

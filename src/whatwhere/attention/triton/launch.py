@@ -130,6 +130,56 @@ def run_forward(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     return out, lse
 
 
+def run_widen(x: Tensor, problem: Problem) -> Tensor:
+    """Features of the queries of a problem, ``(B, heads, T, 2 R + P)``."""
+    out = by_length(x, 2 * problem.turning + problem.rest)
+    if out.numel() == 0:
+        return out
+    tall, counts = _rows_at_a_time(problem)
+    with on(x):
+        elementwise.widen_kernel[counts](
+            x, out, **strides("x", x, "bhtd"), **_prepass(problem), BM=tall
+        )  # fmt: skip
+    return out
+
+
+def run_narrow(grad: Tensor, x: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `run_widen`: of the channels, and of the phase where there is one."""
+    dx = by_length(x, problem.dim)
+    phase = problem.score.phase
+    if dx.numel() == 0:
+        return dx.zero_(), None if phase is None else torch.zeros_like(phase)
+    tall, counts = _rows_at_a_time(problem)
+    d_phase = None
+    if phase is not None:
+        d_phase = x.new_empty(
+            problem.batch, problem.heads, counts[0], problem.turning, dtype=torch.float32
+        )
+    with on(x):
+        elementwise.narrow_kernel[counts](
+            x, grad, dx, d_phase, **strides("x", x, "bhtd"), **strides("g", grad, "bhtd"),
+            **_prepass(problem), BM=tall,
+        )  # fmt: skip
+    if d_phase is not None and phase is not None:
+        d_phase = d_phase.sum(dim=(0, 2)).to(phase)
+    return dx, d_phase
+
+
+def _rows_at_a_time(problem: Problem) -> tuple[int, tuple[int, int]]:
+    tall = max(16, 4096 // max(padded(problem.turning), padded(problem.rest)))
+    return tall, (-(-problem.length // tall), problem.batch * problem.heads)
+
+
+def _prepass(problem: Problem) -> dict[str, Any]:
+    cos, sin, per_batch = tables(problem, queries=True).values()
+    given = {**problem.learned(), **problem.shape(), "MAGNITUDE": problem.magnitude}
+    names = (
+        "PHASE_COS", "PHASE_SIN", "GAIN", "gain_b", "H", "T", "R", "P", "magnitudes", "KIND",
+        "MAGNITUDE", "R2", "P2", "PHASED", "GAINED",
+    )  # fmt: skip
+    return {"COS": cos, "SIN": sin, "table_b": per_batch, **{name: given[name] for name in names}}
+
+
 @dataclass(frozen=True)
 class Gradients:
     """What `run_backward` gives; ``phase`` and ``slopes`` where the score has them."""
@@ -221,9 +271,8 @@ def run_decode(
     k: Tensor,
     v: Tensor,
     pages: Pages | None = None,
-    raw_keys: bool = True,
 ) -> Tensor:
-    """Output ``(B, H, T, V)`` of few queries against raw keys, or magnitudes of them.
+    """Output ``(B, H, T, V)`` of few queries against keys as they lie in a cache.
 
     Args:
         problem: The call; with pages, ``total`` is the greatest length there may be.
@@ -231,7 +280,6 @@ def run_decode(
         k: ``(B, G, S, D)``, or ``(pages, G, size, D)``.
         v: Alike.
         pages: Where keys lie, if not one after another.
-        raw_keys: Whether keys still have to become magnitudes.
     """
     out = by_length(q, problem.width)
     if out.numel() == 0:
@@ -270,7 +318,6 @@ def run_decode(
             **{**seen, "IN_ORDER": seen["IN_ORDER"] or pages is not None},
             **problem.shape(),
             MAGNITUDE=problem.magnitude,
-            KEY_MAGNITUDE=problem.magnitude if raw_keys else 0,
             PART_OF=problem.partly,
             AXES=problem.axes,
             KEYS_IN_ORDER=keys_in_order,

@@ -116,7 +116,6 @@ def flash_decode(
     tf32: bool,
     pages: Tensor | None,
     lengths: Tensor | None,
-    raw_keys: bool,
 ) -> Tensor:
     """Few queries against many keys, without gradients.
 
@@ -126,7 +125,6 @@ def flash_decode(
         v: Alike.
         pages: ``(B, n)`` int32, pages of each sequence in order.
         lengths: ``(B,)`` int32, with ``pages``.
-        raw_keys: Whether keys still have to become magnitudes.
 
     The others are the fields of a `Score`.
     """
@@ -139,10 +137,98 @@ def flash_decode(
     )  # fmt: skip
     if pages is None or lengths is None:
         problem = Problem(q, k, v.shape[-1], k.shape[2], score)
-        return launch.run_decode(problem, q, k, v, None, raw_keys)
+        return launch.run_decode(problem, q, k, v)
     size = k.shape[2]
     problem = Problem(q, k, v.shape[-1], pages.shape[1] * size, score)
-    return launch.run_decode(problem, q, k, v, launch.Pages(pages, lengths, size), raw_keys)
+    return launch.run_decode(problem, q, k, v, launch.Pages(pages, lengths, size))
+
+
+@torch.library.custom_op("whatwhere::widen", mutates_args=())
+def widen(
+    x: Tensor,
+    feature: str,
+    magnitude: str,
+    magnitudes: int,
+    inv_freq: Tensor | None,
+    phase: Tensor | None,
+    temperature_length: int,
+    positions: Tensor | None,
+    first: int,
+) -> Tensor:
+    """Features of ``(B, heads, T, D)`` queries or keys, ``R`` wider for magnitudes that turn.
+
+    Args:
+        x: Queries or keys.
+        feature: This and the next four as in `Score`; no phase and no temperature for keys.
+        magnitude: See above.
+        magnitudes: See above.
+        inv_freq: See above.
+        phase: See above.
+        temperature_length: See above.
+        positions: ``(B or 1, T, A)``, or ``None`` for ``first`` and what follows.
+        first: Position of the first row.
+    """
+    from whatwhere.attention.triton import launch
+
+    return launch.run_widen(
+        x, *_prepass(x, feature, magnitude, magnitudes, inv_freq, phase, temperature_length,
+                     positions, first)
+    )  # fmt: skip
+
+
+@torch.library.custom_op("whatwhere::narrow", mutates_args=())
+def narrow(
+    grad: Tensor,
+    x: Tensor,
+    feature: str,
+    magnitude: str,
+    magnitudes: int,
+    inv_freq: Tensor | None,
+    phase: Tensor | None,
+    temperature_length: int,
+    positions: Tensor | None,
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `widen` for its tensor and for the phase (empty where there is none)."""
+    from whatwhere.attention.triton import launch
+
+    dx, d_phase = launch.run_narrow(
+        grad, x, *_prepass(x, feature, magnitude, magnitudes, inv_freq, phase, temperature_length,
+                           positions, first)
+    )  # fmt: skip
+    return dx, x.new_empty(0) if d_phase is None else d_phase
+
+
+def _prepass(
+    x: Tensor,
+    feature: str,
+    magnitude: str,
+    magnitudes: int,
+    inv_freq: Tensor | None,
+    phase: Tensor | None,
+    temperature_length: int,
+    positions: Tensor | None,
+    first: int,
+) -> tuple[Problem]:
+    """The problem of which ``x`` is the queries: what turns them is all that is asked of it."""
+    score = Score(
+        feature, magnitude, magnitudes, inv_freq, phase, None, 1.0, temperature_length,
+        positions, positions, None, None, None, False, 0, False,
+    )  # fmt: skip
+    return (Problem(x, x, x.shape[-1], first + x.shape[2], score),)
+
+
+@widen.register_fake
+def _(
+    x: Tensor, feature: str, magnitude: str, magnitudes: int, inv_freq: Tensor, *given: Any
+) -> Tensor:
+    return by_length(x, x.shape[-1] + (inv_freq.shape[1] if feature == "polar" else 0))
+
+
+@narrow.register_fake
+def _(grad: Tensor, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    phase = given[4]
+    return by_length(x, x.shape[-1]), x.new_empty(0) if phase is None else torch.empty_like(phase)
 
 
 @flash_forward.register_fake
@@ -188,9 +274,27 @@ def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     return dq, dk, dv, *found
 
 
+def _keep_given(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *given = inputs
+    ctx.tensors = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
+    ctx.plain = [None if isinstance(value, Tensor) else value for value in given]
+    ctx.save_for_backward(x, *(given[i] for i in ctx.tensors))
+
+
+def _narrow(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, *tensors = ctx.saved_tensors
+    given = list(ctx.plain)
+    for i, value in zip(ctx.tensors, tensors, strict=True):
+        given[i] = value
+    dx, d_phase = narrow(grad, x, *given)
+    found: list[Any] = [None] * len(given)
+    found[4] = None if given[4] is None else d_phase
+    return dx, *found
+
+
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "backend 'triton' has no second derivatives: call attention with backend='reference'"
+        "backends 'triton' and 'widened' have no second derivatives: call attention with backend='reference'"
     )
 
 
@@ -201,3 +305,5 @@ def _no_gradient(ctx: Any, *grads: Tensor) -> None:
 flash_forward.register_autograd(_differentiate, setup_context=_keep)
 flash_backward.register_autograd(_differentiate_twice)
 flash_decode.register_autograd(_no_gradient)
+widen.register_autograd(_narrow, setup_context=_keep_given)
+narrow.register_autograd(_differentiate_twice)
