@@ -11,7 +11,6 @@ a kernel are known without a GPU. Fails where a kernel spills, has no tensor-cor
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import subprocess
@@ -116,7 +115,9 @@ def recorded(run: Callable[[], Any]) -> list[Launch]:
 def launches(case: Case, capability: int) -> list[Launch]:
     """What forward, backward and decoding launch for a case."""
     heads = 2
-    encoding = ww.make(case.encoding, head_dim=case.head_dim, num_heads=heads, **dict(case.options))
+    encoding = ww.make(
+        case.encoding, head_dim=case.head_dim, num_heads=heads, **dict(case.options)
+    )
     shape = (1, case.length, heads, case.head_dim)
     q = torch.zeros(shape, dtype=case.dtype).transpose(1, 2)
     k = torch.zeros(1, case.length, case.kv_heads, case.head_dim, dtype=case.dtype).transpose(1, 2)
@@ -139,9 +140,17 @@ def launches(case: Case, capability: int) -> list[Launch]:
         found = recorded(lambda: launch.run_forward(problem, q, k, v))
         found += recorded(lambda: launch.run_backward(problem, out, q, k, v, out, lse))
         if given["segments"] is None:
-            one = prepare(q[:, :, -1:], k, v, encoding(), "causal" in case.call, **{
-                **given, "query_positions": None if given["query_positions"] is None else at[:, -1:]
-            })
+            one = prepare(
+                q[:, :, -1:],
+                k,
+                v,
+                encoding(),
+                "causal" in case.call,
+                **{
+                    **given,
+                    "query_positions": None if given["query_positions"] is None else at[:, -1:],
+                },
+            )
             last = q[:, :, -1:]
             few = Problem(last, k, wide, k.shape[2], Score(*call_arguments.of(one)))
             found += recorded(lambda: launch.run_decode(few, last, k, v))
@@ -256,7 +265,9 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     bad = 0
     with ProcessPoolExecutor(given.workers) as pool:
-        for (case, _), found in zip(jobs, pool.map(check_case, *zip(*jobs, strict=True)), strict=True):
+        for (case, _), found in zip(
+            jobs, pool.map(check_case, *zip(*jobs, strict=True)), strict=True
+        ):
             for row in found:
                 wrong = list(faults(row, case.dtype))
                 bad += len(wrong)

@@ -58,11 +58,12 @@ def outcome(
     start = [(x.detach().double() if double else x.detach()).requires_grad_() for x in inputs]
     spec = learnable(spec)
     if double:
-        names = ("phase", "slopes")
-        spec = replace(
-            spec,
-            **{n: x.detach().double().requires_grad_() for n in names if (x := getattr(spec, n)) is not None},
-        )  # fmt: skip
+        wide = {
+            name: x.detach().double().requires_grad_()
+            for name in ("phase", "slopes")
+            if (x := getattr(spec, name)) is not None
+        }
+        spec = replace(spec, **wide)
     out = ww.attention(*start, spec, backend=backend, **call)
     slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
     wanted = [*start, *(x for x in (spec.phase, spec.slopes) if x is not None)]
@@ -75,8 +76,10 @@ def check(inputs: list[Tensor], spec: ww.ScoreSpec, backend: str, **call: Any) -
     plain = outcome(inputs, spec, "reference", **call)
     found = outcome(inputs, spec, backend, **call)
     rounding = EPS * (1 + math.sqrt(inputs[1].shape[2]) / 2)
+    # Where a gradient cancels to 0, as with one key alone, what is rounded is not.
+    floor = 4 * EPS * max(x.norm() for x in exact)
     for got, near, right in zip(found, plain, exact, strict=True):
-        allowed = 2 * (near - right).norm() + rounding * right.norm() + 1e-30
+        allowed = 2 * (near - right).norm() + rounding * right.norm() + floor
         assert (got - right).norm() <= allowed
 
 

@@ -293,7 +293,7 @@ def run_decode(
     part_lse = q.new_empty(counts[1], splits, rows, dtype=torch.float32)
     keys_in_order = problem.score.key_positions is None
     with on(q):
-        low = (None, None)
+        low: tuple[Tensor | None, Tensor | None] = (None, None)
         if problem.turning and keys_in_order:
             low = angle_table(problem, None, shape.columns)
         seen = problem.visibility()

@@ -294,7 +294,8 @@ def _narrow(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "backends 'triton' and 'widened' have no second derivatives: call attention with backend='reference'"
+        "backends 'triton' and 'widened' have no second derivatives: call attention with "
+        "backend='reference'"
     )
 
 

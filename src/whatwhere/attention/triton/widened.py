@@ -106,7 +106,7 @@ def _features(call: Call) -> tuple[Tensor, Tensor, tuple[Callable[[], Tensor], .
         made.append((x, (*given, first)))
     features = [ops.widen(x, *given) for x, given in made]
     again = tuple(
-        (lambda x=x, given=given: ops.widen(x, *given))  # type: ignore[misc]
+        (lambda x=x, given=given: ops.widen(x, *given))
         for x, given in ((x.detach(), _detached(given)) for x, given in made)
     )
     return features[0], features[1], again
