@@ -50,7 +50,8 @@ def test_shipped_choices_are_predictions_and_say_so() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    ("dim", "width", "backend"), [(64, None, "widened"), (128, None, "triton"), (128, 192, "widened")]
+    ("dim", "width", "backend"),
+    [(64, None, "widened"), (128, None, "triton"), (128, 192, "widened")],
 )
 def test_what_is_predicted_for_hopper(
     dim: int, width: int | None, backend: str, training: bool

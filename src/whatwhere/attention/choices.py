@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def best(
     are read at the first call, and again only after `save` or `forget`.
 
     Args:
-        device_name: As ``torch.cuda.get_device_name`` gives it; an entry fits if its ``device``
+        device_name: As `device_name` gives it; an entry fits if its ``device``
             is a part of it.
         head_dim: ``D``.
         value_dim: ``V``.
@@ -65,12 +66,21 @@ def best(
         ValueError: If a file is not as `validate` wants it.
     """
     width = 2 * head_dim if feature_dim is None else feature_dim
-    for device, dim, features, values, least, most, trains, backend in _tables():
+    entries: tuple[Entry, ...] = _tables()
+    for device, dim, features, values, least, most, trains, backend in entries:
         if (dim, features, values, trains) != (head_dim, width, value_dim, training):
             continue
         if least <= length and (most is None or length <= most) and device in device_name:
             return backend
     return None
+
+
+def device_name(device: torch.device | str) -> str:
+    """What `best` is asked with for a device: a GPU's own name, else as in ``"x86_64 CPU"``."""
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        return torch.cuda.get_device_name(kind)
+    return f"{platform.machine()} {kind.type.upper()}"
 
 
 def user_file() -> Path:
@@ -181,10 +191,10 @@ _read: dict[str, tuple[Entry, ...]] = {}
 
 
 # A traced call keeps the entries as they were then: files cannot be read in a graph.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tables() -> tuple[Entry, ...]:
     if "entries" not in _read:
         kept = tuple(_KEYS)[:8]
-        entries = [*load(user_file()), *load(SHIPPED)]
-        _read["entries"] = tuple(tuple(entry[key] for key in kept) for entry in entries)  # type: ignore[misc]
+        entries: Any = [*load(user_file()), *load(SHIPPED)]
+        _read["entries"] = tuple(tuple(entry[key] for key in kept) for entry in entries)
     return _read["entries"]
