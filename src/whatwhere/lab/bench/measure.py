@@ -97,7 +97,7 @@ def measure(
         torch.set_num_threads(before)
         _empty(case)
     for outcome in outcomes:
-        if outcome.status != OK:
+        if outcome.status != OK and not outcome.status.startswith("refused"):
             off = "" if outcome.error is None else f" (error {outcome.error:.1e})"
             say(f"  {outcome.side.name}: {outcome.status}{off}")
         if outcome.work is not None:

@@ -63,7 +63,7 @@ def _measure(given: str) -> int:
     case, side = Case(**content["case"]), Side(**content["side"])
     torch.set_num_threads(case.threads)
     # A small one first: what libraries take at their first call belongs to none.
-    build(side, make_tensors(replace(case, length=min(case.length, 32), batch=1))).run()
+    build(side, make_tensors(replace(case, length=min(case.length, 128), batch=1))).run()
     work = build(side, make_tensors(case))
     _RESET.write_text("5")
     before = _resident()

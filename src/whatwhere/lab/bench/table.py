@@ -21,7 +21,7 @@ _COLUMNS = {
     "bandwidth": "of copy",
 }
 LEGEND = """\
-time, memory  ratio to RoPE on PyTorch's fastest kernel: median over rounds, and the least
+time, memory  ratio to RoPE (of attention: on PyTorch's fastest kernel), median over rounds
 limit         the same if matrix products (decode: bytes of a cache of D wide keys) were all
 /peer         time over that of the fastest peer
 cache         bytes per token, keys and values; of copy: its reading against a copy's rate
