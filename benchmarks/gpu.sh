@@ -38,7 +38,7 @@ stage() {
         return
     fi
     left=$((TOTAL - (SECONDS - begun) - report_time))
-    if [ "$left" -lt 10 ]; then
+    if [ "$left" -lt 5 ]; then
         echo "== $name: no time is left"
         echo "not run: no time was left" >"$out/logs/$name.status"
         failed=1
@@ -68,17 +68,17 @@ bench() {
 }
 
 if [ "$DEVICE" = cpu ]; then
-    lengths="128 256" heads64="--heads 2 --batch 1" heads128="--heads 2 --batch 1" keys=512
-    odd=65 batches=1 model="--model quick --batch 2 --lengths 32" dtype=fp32 rounds=3
-    calibrated="128 256"
+    lengths="128 256" heads64="--heads 2 --batch 1 --no-memory" heads128=$heads64 keys=512 odd=65
+    batches=1 model="--model quick --batch 2 --lengths 32" dtype=fp32 rounds=3
+    calibrated="--lengths 128 256 --heads 2 --batch 1" small="--heads 2 --batch 1 --no-memory"
 else
     lengths="4096 8192 16384" heads64="--heads 32 --kv-heads 32" heads128="--heads 16 --kv-heads 16"
     keys=32768 odd="1000 4097" batches="1 8" model="--model 124m --lengths 1024" dtype=bf16
-    rounds=21 calibrated="1024 4096 16384"
+    rounds=21 calibrated="--lengths 1024 4096 16384" small=""
 fi
-tests="tests"
+tests=$(grep -rl --include='*.py' 'mark\.gpu' tests | sort)
 "$PYTHON" -c "import pydantic, tyro, rich, transformers" 2>/dev/null ||
-    tests="$(ls tests/test_*gpu*.py tests/test_*triton*.py 2>/dev/null | tr '\n' ' ')"
+    tests=$(echo "$tests" | grep -v '^tests/\(lab\|models\)/') # cannot be imported without
 
 # The lists above are words on purpose.
 # shellcheck disable=SC2086
@@ -87,17 +87,15 @@ tests="tests"
     stage widths 150 "$PYTHON" benchmarks/gpu_widths.py "$out/widths.csv" --device "$DEVICE"
     stage tests 300 "$PYTHON" -m pytest -m gpu -ra -p no:cacheprovider $tests
     bench attention-64 300 attention --lengths $lengths --head-dim 64 $heads64 --causal \
-        --encodings pope pope-id --dtype $dtype --rounds $rounds --against peers
-    bench attention-128 300 attention --lengths $lengths --head-dim 128 $heads128 --causal \
+        --encodings pope --dtype $dtype --rounds $rounds --against peers
+    bench attention-128 360 attention --lengths $lengths --head-dim 128 $heads128 --causal \
         --encodings pope pope-id --dtype $dtype --rounds $rounds --against peers
     bench decode 150 decode --lengths $keys --head-dim 64 128 --batch $batches --dtype $dtype \
         --rounds $rounds --against peers
     bench step 200 step $model --dtype $dtype --rounds $rounds
     stage calibrate 240 "$PYTHON" -m whatwhere.lab.bench --calibrate --device "$DEVICE" \
-        --lengths $calibrated --head-dim 64 128 $([ "$DEVICE" = cpu ] && echo --heads 2 --batch 1) \
-        --dtype $dtype --rounds $rounds
-    bench odd 150 attention --lengths $odd $([ "$DEVICE" = cpu ] && echo --heads 2 --batch 1) \
-        --causal --full --dtype $dtype --rounds $rounds
+        $calibrated --head-dim 64 128 --dtype $dtype --rounds $rounds
+    bench odd 150 attention --lengths $odd $small --causal --full --dtype $dtype --rounds $rounds
 }
 
 timeout --kill-after=5 "$report_time" "$PYTHON" benchmarks/gpu_report.py "$out" \

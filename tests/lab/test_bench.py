@@ -282,7 +282,7 @@ def test_a_folder_of_something_else_is_left_alone(
         (["--lengths", "0"], "lengths: expected positive"),
         (["--head-dim", "7"], "head-dim: expected even"),
         (["decode", "--calibrate"], "calibrate: measures attention"),
-        (["step", "--model", "125m"], "did you mean '124m'?"),
+        (["step", "--model", "125m"], "model: unknown '125m'"),
     ],
 )
 def test_mistakes_are_one_line(

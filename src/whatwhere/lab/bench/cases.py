@@ -17,8 +17,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Stage = Literal["forward", "forward+backward", "decode", "step"]
 Origin = Literal["stock", "ours", "peer"]
 
-# Options without which an encoding cannot be made.
+# Options without which an encoding cannot be made, and a training length that suits all.
 _NEEDED: dict[str, dict[str, Any]] = {"yarn": {"factor": 4.0}}
+_SHORTEST = 128
 
 
 class RefusedError(Exception):
@@ -145,7 +146,7 @@ class Tensors:
                 name,
                 head_dim=case.head_dim,
                 num_heads=case.heads,
-                train_length=max(case.length, 2),
+                train_length=max(case.length, _SHORTEST),
                 **_NEEDED.get(name, {}),
             )
             draw = torch.Generator().manual_seed(case.seed)
