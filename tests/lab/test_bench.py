@@ -123,6 +123,15 @@ def test_decoding_counts_the_bytes_of_its_cache() -> None:
     assert kept["pope", "ours"] == str(3 * 8 * 4)
 
 
+def test_memory_of_decoding_counts_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "on_cpu", lambda case, side: 100)
+    case = replace(CASE, stage="decode")
+    wanted = [Side("rope", "flash", "stock"), Side("pope", "sdpa", "ours")]
+    base, found = measure.measure(case, wanted, 2, True, silent)
+    cache = 2 * 8 * 4 * case.kv_heads * case.length * case.batch
+    assert base.memory == 100 + cache and found.memory == 100 + 1.5 * cache
+
+
 def test_a_step_is_checked_and_timed() -> None:
     rows = run.run(replace(TINY, what="step", lengths=(8,), backends=()), silent)
     assert statuses(rows) == {"rope auto step": "ok", "pope auto step": "ok"}

@@ -174,6 +174,11 @@ def make_tensors(case: Case) -> Tensors:
     return Tensors(case, q, k, v, drawn(case.heads, case.queries))
 
 
+def cache_bytes(case: Case, work: Work) -> int:
+    """Bytes that a side keeps per token, keys and values of all key heads; 0 but for decoding."""
+    return work.cache_numbers * case.kv_heads * DTYPES[case.dtype].itemsize
+
+
 def limit(case: Case, feature_dim: int) -> float | None:
     """What the ratio to RoPE would be if nothing but the necessary counted.
 

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 
 from whatwhere.lab.bench import check, memory
-from whatwhere.lab.bench.cases import Case, RefusedError, Side, Tensors, Work, limit, make_tensors
+from whatwhere.lab.bench.cases import (
+    Case,
+    RefusedError,
+    Side,
+    Tensors,
+    Work,
+    cache_bytes,
+    limit,
+    make_tensors,
+)
 from whatwhere.lab.bench.sides import build
 from whatwhere.lab.bench.timing import fastest, first_call, ratios, rounds, synchronise
 
@@ -38,7 +47,7 @@ class Outcome:
         ratio: Median of the ratios to the baseline, round by round.
         least: The least of them.
         to_peer: Median ratio to the fastest peer.
-        memory: Peak memory of a call, bytes.
+        memory: Peak memory of a call, bytes: what it adds to its inputs, and its cache.
         memory_ratio: The same over that of the baseline.
         baseline: Backend of the baseline.
         limit: See `cases.limit`.
@@ -139,7 +148,7 @@ def _prepare(case: Case, outcomes: Sequence[Outcome]) -> None:
             synchronise(case.device)
             o.first = time.perf_counter() - start
             off = check.error(tensors, found, right[o.side.encoding])
-            return off, off <= check.TOLERANCE[case.dtype]
+            return off, off <= check.allowed(case, o.side.origin)
 
         found = _attempt(outcome, checked, case)
         if found is not None:
@@ -189,7 +198,7 @@ def _relate(outcomes: Sequence[Outcome], seconds: dict[str, list[float]]) -> Non
 
 
 def _weigh(case: Case, outcomes: Sequence[Outcome]) -> None:
-    """Fill in peak memory."""
+    """Fill in peak memory; of decoding with the cache, beside which a step adds little."""
     for outcome in outcomes:
         if outcome.seconds and outcome.work is not None:
             run = outcome.work.run
@@ -197,6 +206,8 @@ def _weigh(case: Case, outcomes: Sequence[Outcome]) -> None:
                 outcome.memory = memory.on_gpu(run)
             else:
                 outcome.memory = memory.on_cpu(case, outcome.side)
+            if outcome.memory is not None:
+                outcome.memory += cache_bytes(case, outcome.work) * case.length * case.batch
     base = next(
         (o.memory for o in outcomes if o.ratio == 1.0 and o.side.backend == o.baseline), None
     )

@@ -18,7 +18,7 @@ import torch
 
 import whatwhere
 from whatwhere.lab import environment, storage
-from whatwhere.lab.bench.cases import Case, Side
+from whatwhere.lab.bench.cases import Case, Side, cache_bytes
 from whatwhere.lab.bench.measure import OK, Outcome
 from whatwhere.lab.bench.settings import Settings
 
@@ -70,16 +70,15 @@ def row(case: Case, outcome: Outcome, settings: Settings, copy: float | None) ->
         "auto": outcome.work is not None and outcome.work.chosen,
         "feature_dim": outcome.work.feature_dim if outcome.work else "",
     }
-    size = torch.finfo(getattr(torch, _TORCH[case.dtype])).bits // 8
-    numbers = outcome.work.cache_numbers if outcome.work else 0
-    if numbers:
-        found["cache_bytes_per_token"] = numbers * case.kv_heads * size
+    kept = cache_bytes(case, outcome.work) if outcome.work else 0
+    if kept:
+        found["cache_bytes_per_token"] = kept
     if case.device == "cuda" and outcome.status == OK and outcome.milliseconds:
         found["ms"] = _number(outcome.milliseconds, 5)
         found["first_call_s"] = _number(outcome.first, 2)
         found["peak_mib"] = "" if outcome.memory is None else f"{outcome.memory / 2**20:.1f}"
-        if numbers and copy:
-            read = numbers * case.kv_heads * size * case.length * case.batch
+        if kept and copy:
+            read = kept * case.length * case.batch
             found["cache_gb_per_s"] = f"{read / outcome.milliseconds / 1e6:.1f}"
             found["copy_gb_per_s"] = f"{copy / 1e9:.1f}"
     found |= where(case.device) | when()
@@ -154,7 +153,6 @@ def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 
 _SHOWING = ("__main__", "calibrate", "command", "figure", "results", "run", "table")
-_TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def _number(value: float | None, digits: int) -> str:
