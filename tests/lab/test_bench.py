@@ -343,19 +343,21 @@ def test_tables_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
         assert "pope flex: refused: FlexAttention has no backward pass on a CPU" in text
 
 
-def test_it_runs_without_the_packages_of_the_command_line() -> None:
+def test_it_runs_without_the_packages_of_the_command_line(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "for name in ('tyro', 'rich', 'pydantic', 'yaml', 'x_transformers'):\n"
+        "for name in ('tyro', 'rich', 'pydantic', 'yaml', 'jinja2', 'x_transformers'):\n"
         "    sys.modules[name] = None\n"
         "from whatwhere.lab.bench.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
+    options = [*OPTIONS, "--lengths", "16", "24", "--passes", "forward", "--against", "peers"]
     done = subprocess.run(
-        [sys.executable, "-c", program, *OPTIONS, "--passes", "forward", "--against", "peers"],
+        [sys.executable, "-c", program, *options, "--output", str(tmp_path / "out")],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "x-transformers cannot be imported: pip install" in done.stdout
     assert "pope cpu" in done.stdout
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1

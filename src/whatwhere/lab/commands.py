@@ -167,7 +167,7 @@ class Report:
 
     def run(self) -> None:
         """Report."""
-        from whatwhere.lab.report import build_report
+        from whatwhere.lab.report.page import build_report
 
         with user_errors():
             if not (self.folder / "settings.yaml").exists():
