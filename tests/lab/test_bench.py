@@ -132,6 +132,18 @@ def test_memory_of_decoding_counts_the_cache(monkeypatch: pytest.MonkeyPatch) ->
     assert base.memory == 100 + cache and found.memory == 100 + 1.5 * cache
 
 
+def test_decoding_is_also_replayed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Here a call stands for its graph, and one cannot be captured.
+    case = replace(CASE, stage="decode")
+    wanted = [Side("rope", "flash", "stock"), *(Side("pope", b, "ours") for b in ("sdpa", "cpu"))]
+    outcomes = measure.measure(case, wanted, 2, False, silent)
+    taken = iter([lambda: None, None, lambda: None])
+    monkeypatch.setattr(measure, "captured", lambda run: next(taken))
+    measure._replay(case, {o.side.name: o for o in outcomes}, 3)
+    assert [len(o.replayed) for o in outcomes] == [3, 0, 3]
+    assert outcomes[0].graph_ratio == 1 and outcomes[1].graph_ratio is None
+
+
 def test_a_step_is_checked_and_timed() -> None:
     rows = run.run(replace(TINY, what="step", lengths=(8,), backends=()), silent)
     assert statuses(rows) == {"rope auto step": "ok", "pope auto step": "ok"}

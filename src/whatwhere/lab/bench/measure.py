@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from whatwhere.lab.bench.cases import (
     make_tensors,
 )
 from whatwhere.lab.bench.sides import build
-from whatwhere.lab.bench.timing import fastest, first_call, ratios, rounds, synchronise
+from whatwhere.lab.bench.timing import captured, fastest, first_call, ratios, rounds, synchronise
 
 OK, WRONG, OUT_OF_MEMORY = "ok", "wrong", "out of memory"
 
@@ -51,6 +51,8 @@ class Outcome:
         memory_ratio: The same over that of the baseline.
         baseline: Backend of the baseline.
         limit: See `cases.limit`.
+        replayed: Seconds of each round as a CUDA graph.
+        graph_ratio: Median of the ratios of these.
     """
 
     side: Side
@@ -66,6 +68,8 @@ class Outcome:
     memory_ratio: float | None = None
     baseline: str = ""
     limit: float | None = None
+    replayed: list[float] = field(default_factory=list)
+    graph_ratio: float | None = None
 
     @property
     def milliseconds(self) -> float | None:
@@ -178,6 +182,23 @@ def _time(case: Case, outcomes: Sequence[Outcome], count: int) -> None:
     for name, outcome in timed.items():
         outcome.seconds = seconds[name]
     _relate(outcomes, seconds)
+    if case.stage == "decode" and case.device == "cuda":
+        _replay(case, timed, count)
+
+
+def _replay(case: Case, timed: Mapping[str, Outcome], count: int) -> None:
+    """Time decoding without its launches, as servers run it: on a GPU they take longer than it."""
+    graphs = {}
+    for name, outcome in timed.items():
+        replay = captured(outcome.work.run) if outcome.work is not None else None
+        if replay is not None:
+            graphs[name] = replay
+    seconds = rounds(graphs, count, case.device) if graphs else {}
+    base = fastest(seconds, [name for name, o in timed.items() if o.side.origin == "stock"])
+    to_base = ratios(seconds, base) if base else {}
+    for name, taken in seconds.items():
+        timed[name].replayed = taken
+        timed[name].graph_ratio = to_base[name][0] if name in to_base else None
 
 
 def _relate(outcomes: Sequence[Outcome], seconds: dict[str, list[float]]) -> None:

@@ -18,12 +18,14 @@ _COLUMNS = {
     "cache_bytes_per_token": "cache",
     "error": "error",
     "ms": "ms",
+    "graph_ratio": "graph",
     "bandwidth": "of copy",
 }
 LEGEND = """\
 time, memory  ratio to RoPE (of attention: on PyTorch's fastest kernel), median over rounds
 limit         the same if matrix products (decode: bytes of a cache of D wide keys) were all
 /peer         time over that of the fastest peer
+graph         time replayed as a CUDA graph, without launches
 cache         bytes per token, keys and values; of copy: its reading against a copy's rate
 error         largest of a row of output or gradient against float64"""
 _ALWAYS = ("side", "ratio", "least", "error")
@@ -122,7 +124,7 @@ def _cells(row: Row) -> dict[str, str]:
     )
     if row["ratio"] and row["backend"] == row["baseline"] and row["origin"] == "stock":
         cells["side"] += " = 1"
-    for name in ("ratio", "least", "limit", "peer_ratio", "memory_ratio"):
+    for name in ("ratio", "least", "limit", "peer_ratio", "memory_ratio", "graph_ratio"):
         if cells[name]:
             cells[name] = f"{float(cells[name]):.2f}"
     if row["cache_gb_per_s"] and row["copy_gb_per_s"]:
