@@ -129,6 +129,7 @@ class Tensors:
         v: ``(B, G, S, D)``, likewise.
         slope: ``(B, H, T, D)``, gradient of the output.
         encodings: Encodings made so far, by name.
+        caches: Keys and values of decoding made so far, by what they hold.
     """
 
     case: Case
@@ -137,6 +138,7 @@ class Tensors:
     v: Tensor
     slope: Tensor
     encodings: dict[str, ww.Encoding] = field(default_factory=dict)
+    caches: dict[str, Tensor] = field(default_factory=dict)
 
     def encoding(self, name: str) -> ww.Encoding:
         """The encoding of this name, its phases drawn from inside their bounds."""
@@ -156,6 +158,20 @@ class Tensors:
                     parameter.data.copy_(-0.01 - (2 * math.pi - 0.02) * start)
             self.encodings[name] = made.to(case.device)
         return self.encodings[name]
+
+    @torch.no_grad()
+    def cache(self, encoding: str | None) -> tuple[Tensor, Tensor]:
+        """Keys (of an encoding, or raw) and values as a cache holds them; sides share them."""
+        kept, what = self.caches, encoding or "raw keys"
+        if "values" not in kept:
+            kept["values"] = self.v.contiguous()
+        if what not in kept:
+            keys = self.k
+            if encoding is not None:
+                at = torch.arange(keys.shape[2], device=keys.device)
+                keys = ww.encode_keys(keys, self.encoding(encoding)(keys.device), at)
+            kept[what] = keys.contiguous()
+        return kept[what], kept["values"]
 
 
 def make_tensors(case: Case) -> Tensors:

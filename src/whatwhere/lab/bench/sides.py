@@ -146,8 +146,7 @@ def _stock(side: Side, tensors: Tensors) -> Work:
 def _stock_decode(side: Side, tensors: Tensors) -> Work:
     case = tensors.case
     cos, sin = _tables(tensors, case.length)
-    keys = rotate(tensors.k, cos, sin).contiguous()
-    values = tensors.v.contiguous()
+    keys, values = tensors.cache(BASE)
     last = cos[-1:], sin[-1:]
 
     def run() -> Tensor:
@@ -171,9 +170,7 @@ def _decode(side: Side, tensors: Tensors) -> Work:
     raw = backend.reads_raw_keys(spec, device) if backend else False
     raw = raw or (side.backend == "auto" and ww.cache_form(spec, device) == "raw")
     at = torch.arange(case.length, device=device)
-    values = tensors.v.contiguous()
-    with torch.no_grad():
-        keys = (tensors.k if raw else ww.encode_keys(tensors.k, spec, at)).contiguous()
+    keys, values = tensors.cache(None if raw else side.encoding)
     asked = spec if raw else spec.encoded()
     queries = tensors.q if raw else ww.encode_queries(tensors.q, spec, at[-1:])
     chosen = _explain(side, queries, keys, values, asked, case)
