@@ -1,4 +1,5 @@
-"""The command line: `whatwhere recipes | compare | train | evaluate | extrapolate | report`.
+"""The command line: `whatwhere recipes | compare | train | evaluate | extrapolate | report |
+bench`.
 
 A mistake of the user is one line on standard error and exit code 2; something from outside that
 stopped the work (a full disk, another process in the folder) is one line and exit code 1; Ctrl-C
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        from whatwhere.lab import commands, storage
+        from whatwhere.lab import commands, errors, storage
     except ModuleNotFoundError as error:
         return _say(
             f"the command line needs {error.name}: pip install 'whatwhere[lab]'", OUTSIDE_ERROR
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads, threading.excepthook = threading.excepthook, _show_thread_error
     try:
         commands.parse(given).run()
-    except commands.UserError as error:
+    except errors.UserError as error:
         return _say(str(error), USER_ERROR)
     except storage.RunError as error:
         stopped = type(error).__name__ == "Interrupted"

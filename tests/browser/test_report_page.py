@@ -12,7 +12,7 @@ import pytest
 from comparison_folder import SLOPES, merge, text_recipe, write_comparison, write_run
 from comparison_folder import write_settings as begin
 from whatwhere.lab import recipes
-from whatwhere.lab.report import build_report
+from whatwhere.lab.report.page import build_report
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -28,7 +28,7 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         storage.write_text(folder / "report.html", "")
         return folder / "report.html"
 
-    monkeypatch.setattr("whatwhere.lab.report.build_report", build_report)
+    monkeypatch.setattr("whatwhere.lab.report.page.build_report", build_report)
 
 
 def several(path: str, *labels: str, **changes: Any) -> Recipe:

@@ -26,8 +26,8 @@ from comparison_folder import (
     write_settings,
 )
 from whatwhere.lab import recipes
-from whatwhere.lab.report import build_report
 from whatwhere.lab.report import page as report
+from whatwhere.lab.report.page import build_report
 
 LABELS = ("rope", "yarn", "rope-id", "pope")
 

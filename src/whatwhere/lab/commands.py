@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -16,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from whatwhere.lab import recipes
+from whatwhere.lab.bench.command import Bench
+from whatwhere.lab.errors import UserError, user_errors
 from whatwhere.lab.process import is_main_process
 from whatwhere.lab.recipes import Recipe
 from whatwhere.lab.recipes.files import describe_error
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from whatwhere.lab.compare import Comparison
 
 YAML = (".yaml", ".yml")
-
-
-class UserError(Exception):
-    """A mistake of the user, in one line."""
 
 
 class Command(Protocol):
@@ -170,7 +167,7 @@ class Report:
 
     def run(self) -> None:
         """Report."""
-        from whatwhere.lab.report import build_report
+        from whatwhere.lab.report.page import build_report
 
         with user_errors():
             if not (self.folder / "settings.yaml").exists():
@@ -186,6 +183,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "extrapolate": Extrapolate,
     "report": Report,
+    "bench": Bench,
 }
 
 
@@ -236,19 +234,6 @@ def _list_commands(arguments: Sequence[str]) -> Command:
         description="Train decoders that differ in their position encoding, and compare them.",
     )
     raise AssertionError("help or an error ends the process")
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Take errors in what the user gave as the user's: one line, no traceback."""
-    try:
-        yield
-    except ValidationError as error:
-        raise UserError(describe_error(error)) from error
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _named_recipe(arguments: Sequence[str]) -> tuple[Recipe, str]:

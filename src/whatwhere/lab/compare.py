@@ -86,7 +86,7 @@ class Comparison:
             RunError: If another process works in the folder, or the disk is full.
             ValueError: If a run's folder belongs to another config.
         """
-        from whatwhere.lab.report import build_report
+        from whatwhere.lab.report.page import build_report
 
         if not is_main_process():
             for run, source in self._planned:
