@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +64,25 @@ class Call:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+class Pages(Protocol):
+    """Decoding over a paged cache, arguments as `whatwhere.paged_attention` has checked them."""
+
+    def refuses(self, q: Tensor, value_pages: Tensor, spec: ScoreSpec) -> str | None:
+        """Why it cannot, in a few words, or ``None`` if it can."""
+
+    def run(
+        self,
+        q: Tensor,
+        key_pages: Tensor,
+        value_pages: Tensor,
+        spec: ScoreSpec,
+        block_table: Tensor,
+        lengths: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        """The pages read where they lie: ``(B, H, T, V)``."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to compute a `Call`.
@@ -73,11 +93,13 @@ class Backend:
         refuses: Why it cannot, in a few words, or ``None`` if it can.
         reads_raw_keys: Whether on a device it reads raw keys as fast as encoded ones, so that a
             cache may keep ``D`` numbers a token.
+        pages: How it decodes over a paged cache, if it does.
     """
 
     run: Callable[[Call], Tensor]
     refuses: Callable[[Call], str | None]
     reads_raw_keys: Callable[[ScoreSpec, torch.device], bool] = lambda spec, device: False
+    pages: Pages | None = None
 
 
 def prepare(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whatwhere.attention import triton
-from whatwhere.attention.api import attention
+from whatwhere.attention.api import BACKENDS, attention
 from whatwhere.attention.call import check_tensors
 from whatwhere.attention.features import check_device, check_spec
 from whatwhere.spec import ScoreSpec, UnsupportedError
@@ -38,7 +37,7 @@ def paged_attention(
         block_table: ``(B, n)`` integers; entries beyond a sequence's length are not read.
         lengths: ``(B,)`` integers, keys of each sequence, those of the queries included.
         window: As for `whatwhere.attention`.
-        backend: ``"triton"`` reads the pages where they lie; any other name in
+        backend: ``"triton"`` reads the pages where they lie, on a GPU; any other name in
             `whatwhere.BACKENDS` gets a copy of them side by side; ``"auto"`` takes the first where
             it runs.
 
@@ -51,12 +50,14 @@ def paged_attention(
             of ``"triton"``, which decodes without.
     """
     _check(q, key_pages, value_pages, spec, block_table, lengths, window)
-    why = triton.refuses_paged(q, value_pages, spec)
-    if backend == "triton" and why is not None:
-        raise UnsupportedError(f"backend 'triton' cannot read these pages: {why}")
-    direct = backend == "triton" or (backend == "auto" and q.is_cuda and why is None)
-    if direct:
-        return triton.run_paged(q, key_pages, value_pages, spec, block_table, lengths, window)
+    for name, entry in BACKENDS.items():
+        if entry.pages is None or backend not in (name, "auto"):
+            continue
+        why = entry.pages.refuses(q, value_pages, spec)
+        if why is None and (backend == name or q.is_cuda):
+            return entry.pages.run(q, key_pages, value_pages, spec, block_table, lengths, window)
+        if backend == name:
+            raise UnsupportedError(f"backend {name!r} cannot read these pages: {why}")
     table = block_table.long().clamp(0, key_pages.shape[0] - 1)
     keys, values = (
         pages[table].transpose(1, 2).flatten(2, 3) for pages in (key_pages, value_pages)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whatwhere.attention.call import Backend, Call
-from whatwhere.attention.triton import arguments, ops, widened
+from whatwhere.attention.triton import arguments, ops, pages, widened
 from whatwhere.spec import ScoreSpec
 
 # Queries up to which splitting the keys pays; beyond, tiles of queries fill the device.
@@ -41,41 +41,8 @@ def run(call: Call) -> Tensor:
 
 def reads_raw_keys(spec: ScoreSpec, device: torch.device) -> bool:
     """On a GPU the decoding kernel turns keys as it reads them."""
-    return device.type == "cuda" and spec.feature == "polar" and arguments.installed()
+    return device.type == "cuda" and spec.feature == "polar" and arguments.INSTALLED
 
 
-def refuses_paged(q: Tensor, values: Tensor, spec: ScoreSpec) -> str | None:
-    """What decoding over pages does not do."""
-    why = arguments.refuses(q)
-    if why is not None:
-        return why
-    if max(q.shape[-1], values.shape[-1]) > arguments.WIDEST:
-        return f"it takes head_dim and value widths up to {arguments.WIDEST}"
-    learned = (spec.phase, spec.slopes, q, values)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned):
-        return "it has no gradients (call it under torch.no_grad)"
-    return None
-
-
-def run_paged(
-    q: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    spec: ScoreSpec,
-    block_table: Tensor,
-    lengths: Tensor,
-    window: int | None,
-) -> Tensor:
-    """Attention over a paged cache; arguments as `whatwhere.paged_attention` has checked them."""
-    length = q.shape[2]
-    at = lengths.long()[:, None] - length + torch.arange(length, device=q.device)
-    given = list(arguments.of_spec(spec))
-    given += [at[..., None], None, None, None, None, True, window or 0, arguments.tf32(q)]
-    out: Tensor = ops.flash_decode(
-        q, key_pages, value_pages, *given, block_table.int(), lengths.int()
-    )
-    return out
-
-
-BACKEND = Backend(run=run, refuses=refuses, reads_raw_keys=reads_raw_keys)
+BACKEND = Backend(run=run, refuses=refuses, reads_raw_keys=reads_raw_keys, pages=pages)
 WIDENED = widened.BACKEND

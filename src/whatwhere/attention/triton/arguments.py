@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,15 +16,12 @@ from whatwhere.spec import ScoreSpec
 WIDEST = 256
 
 
-@cache
-def installed() -> bool:
-    """Whether Triton can be imported."""
-    return find_spec("triton") is not None
+INSTALLED = find_spec("triton") is not None
 
 
 def refuses(q: Tensor) -> str | None:
     """Why kernels cannot run on queries of this device and dtype, or ``None``."""
-    if not installed():
+    if not INSTALLED:
         return "the package triton is not installed"
     if q.device.type == "cpu":
         if not interpreted():

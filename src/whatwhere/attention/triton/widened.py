@@ -55,7 +55,9 @@ def takes(call: Call) -> bool:
 def _stock(call: Call) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    causal = call.causal and call.q.shape[2] > 1
+    causal = False
+    if call.causal and call.q.shape[2] > 1:  # a plain bool, also where lengths are symbols
+        causal = True
     values, width = call.v, call.v.shape[-1]
 
     def attend() -> Tensor:
@@ -69,7 +71,7 @@ def _stock(call: Call) -> Tensor:
         )[..., :width]
 
     if call.q.device.type == "cpu":
-        values = F.pad(values, (0, call.q.shape[-1] - width))
+        values = F.pad(values, (0, max(call.q.shape[-1] - width, 0)))
         return attend()
     order = [
         SDPBackend.CUDNN_ATTENTION,
