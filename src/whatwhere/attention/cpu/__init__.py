@@ -1,0 +1,52 @@
+"""Backend ``cpu``: attention by blocks of query rows, in plain PyTorch.
+
+PyTorch's fused CPU kernel wants values as wide as the widened features and so computes a third of
+its products on zeros, and a mask of any other kind than causality makes it a dense one. Here a
+block of rows of several heads is one batched product with the keys that some row sees. The passes
+are operators of their own, so that `torch.compile` calls them without a break.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from whatwhere.attention.call import Backend, Call
+from whatwhere.attention.cpu.rows import rows_forward
+
+
+def refuses(call: Call) -> str | None:
+    """What it does not do: other devices."""
+    if call.q.device.type != "cpu":
+        return f"it runs on a CPU, the call is on {call.q.device.type}"
+    return None
+
+
+def run(call: Call) -> Tensor:
+    """Hand the call to the operators, raw."""
+    spec = call.spec
+    turning = None
+    if spec.inv_freq is not None and spec.num_turning:
+        turning = spec.inv_freq[:, : spec.num_turning].to(call.q.device)
+    out: Tensor = rows_forward(
+        call.q,
+        call.k,
+        call.v,
+        turning,
+        spec.phase if turning is not None else None,
+        spec.slopes,
+        None if call.in_order else call.query_positions,
+        None if call.in_order else call.key_positions,
+        call.key_mask,
+        call.key_segments,
+        spec.feature,
+        spec.magnitude,
+        spec.num_frequencies,
+        spec.scale,
+        spec.temperature_length or 0,
+        call.causal,
+        call.window or 0,
+    )
+    return out
+
+
+BACKEND = Backend(run=run, refuses=refuses)
