@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from whatwhere.attention.call import Backend, Call
+from whatwhere.attention.cpu.decode import FEW, decode
 from whatwhere.attention.cpu.rows import rows_forward
 
 
@@ -27,7 +28,8 @@ def run(call: Call) -> Tensor:
     turning = None
     if spec.inv_freq is not None and spec.num_turning:
         turning = spec.inv_freq[:, : spec.num_turning].to(call.q.device)
-    out: Tensor = rows_forward(
+    few = call.q.shape[2] <= FEW and not call.needs_grad
+    out: Tensor = (decode if few else rows_forward)(
         call.q,
         call.k,
         call.v,

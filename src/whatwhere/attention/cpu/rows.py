@@ -16,18 +16,21 @@ from torch import Tensor
 from whatwhere.attention.cpu.blocks import Block, Plan, distances, unseen
 from whatwhere.attention.cpu.problem import Problem, Turn
 
-# Scores held at a time: what stays in a core's cache. Features held at a time: these bound the
-# memory, and matter where a window makes blocks of scores small.
+# Scores held at a time: what stays in a core's cache.
 _SCORES = 2**19
-_FEATURES = 2**22
 
 
-def block_rows(total: int, groups: int, backward: bool) -> int:
-    """Rows of a block: few, so that little is computed beyond the diagonal; not too few, for
-    matrix units.
+def block_rows(total: int, groups: int) -> int:
+    """Rows of a block, a row for each head that shares a key head.
+
+    Few, so that little is computed beyond the diagonal; not too few, for matrix units.
     """
-    rows = 32 if total < 1024 else 64
-    return max(8, rows // groups)
+    return max(8, (32 if total < 512 else 64) // groups)
+
+
+def held_features(total: int) -> int:
+    """Numbers of features that are held at a time: scratch that is used again from a cache."""
+    return 2**19 if total < 512 else 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,7 @@ def chunks(p: Problem, plan: Plan, dead: Tensor | None) -> Iterator[Chunk]:
     batch, length, total, shared = p.q.shape[0], p.q.shape[2], p.k.shape[2], p.k.shape[1]
     scores = plan.size * p.groups * plan.widest()
     features = (length * p.groups + total) * p.width
-    fit = max(1, min(_SCORES // max(scores, 1), _FEATURES // max(features, 1)))
+    fit = max(1, min(_SCORES // max(scores, 1), held_features(total) // max(features, 1)))
     several = max(1, fit // shared)
     # Sequences that see different keys go one by one: together they would look at the keys of all.
     several = several if plan.plain or several * plan.widest() <= 1024 else 1
@@ -146,7 +149,7 @@ def rows_forward(
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     if not out.numel():
         return out
-    plan = Plan(p, block_rows(k.shape[2], p.groups, backward=False))
+    plan = Plan(p, block_rows(k.shape[2], p.groups))
     for chunk in chunks(p, plan, unseen(p)):
         result = _as_given(
             torch.empty(*chunk.q.shape[:3], v.shape[-1], dtype=p.dtype),
@@ -194,8 +197,8 @@ def rows_backward(
     )
     found = Gradients(p, learned)
     if not grad.numel():
-        return found.all()
-    plan, dead = Plan(p, block_rows(k.shape[2], p.groups, backward=True)), unseen(p)
+        return tuple(x.zero_() for x in found.all())
+    plan, dead = Plan(p, block_rows(k.shape[2], p.groups)), unseen(p)
     for chunk in chunks(p, plan, dead):
         found.add(chunk, plan, grad)
     if dead is not None:
@@ -209,7 +212,7 @@ class Gradients:
 
     def __init__(self, p: Problem, learned: bool) -> None:
         self.problem, self.learned = p, learned
-        self.q, self.k, self.v = (x.new_zeros(x.shape) for x in (p.q, p.k, p.v))
+        self.q, self.k, self.v = (x.new_empty(x.shape) for x in (p.q, p.k, p.v))
         self.phase = p.q.new_zeros(0 if p.phase is None else p.phase.shape, dtype=p.dtype)
         known = p.slopes is not None and learned
         self.slopes = p.q.new_zeros(p.q.shape[1] if known else 0, dtype=p.dtype)
@@ -229,7 +232,7 @@ class Gradients:
         sizes = (chunk.batch.stop - chunk.batch.start, chunk.heads.stop - chunk.heads.start)
         slope = torch.empty(*chunk.q.shape[:3], grad.shape[-1], dtype=p.dtype)
         _as_given(slope, sizes).copy_(_by_group(p, grad[chunk.batch, chunk.queries]))
-        of_q = torch.zeros_like(chunk.q)
+        of_q = torch.empty_like(chunk.q)
         of_k, of_v = torch.zeros_like(chunk.k), torch.zeros_like(chunk.v)
         for block in plan.blocks(chunk.batch):
             weights = _weights(p, chunk, block)
@@ -242,7 +245,7 @@ class Gradients:
             if self.slopes.numel():
                 self._add_slopes(chunk, block, change)
             rows = torch.bmm(change, chunk.k[:, block.keys])
-            of_q[:, block.rows] = rows.view(of_q[:, block.rows].shape)
+            of_q[:, block.rows] = rows.view_as(of_q[:, block.rows])
             queries = chunk.q[:, block.rows].flatten(1, 2)
             of_k[:, block.keys].baddbmm_(change.mT, queries)
         back = _as_given(of_q, sizes)
