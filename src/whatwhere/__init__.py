@@ -18,6 +18,7 @@ from whatwhere.attention import (
     grid,
     scores,
     table_bytes,
+    unturned,
 )
 from whatwhere.encodings import (
     ENCODINGS,
@@ -62,4 +63,5 @@ __all__ = [
     "make",
     "scores",
     "table_bytes",
+    "unturned",
 ]

@@ -14,7 +14,7 @@ from whatwhere.attention.api import (
     scores,
     table_bytes,
 )
-from whatwhere.attention.features import encode_keys, encode_queries
+from whatwhere.attention.features import encode_keys, encode_queries, unturned
 
 __all__ = [
     "BACKENDS",
@@ -27,4 +27,5 @@ __all__ = [
     "grid",
     "scores",
     "table_bytes",
+    "unturned",
 ]

@@ -8,11 +8,13 @@ are operators of their own, so that `torch.compile` calls them without a break.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from whatwhere.attention.call import Backend, Call
 from whatwhere.attention.cpu.decode import FEW, decode
 from whatwhere.attention.cpu.rows import rows_forward
+from whatwhere.spec import ScoreSpec
 
 
 def refuses(call: Call) -> str | None:
@@ -51,4 +53,9 @@ def run(call: Call) -> Tensor:
     return out
 
 
-BACKEND = Backend(run=run, refuses=refuses)
+def reads_raw_keys(spec: ScoreSpec, device: torch.device) -> bool:
+    """Polar keys on a CPU: half the numbers to read outweighs turning them."""
+    return device.type == "cpu" and spec.feature == "polar"
+
+
+BACKEND = Backend(run=run, refuses=refuses, reads_raw_keys=reads_raw_keys)
