@@ -157,6 +157,9 @@ def rows_forward(
         )
         for block in plan.blocks(chunk.batch):
             target = result[:, :, :, block.rows]
+            if block.keys.start == block.keys.stop:
+                target.zero_()
+                continue
             weights = _weights(p, chunk, block)
             found = torch.bmm(weights, chunk.v[:, block.keys])
             rows = block.rows.stop - block.rows.start
@@ -235,6 +238,9 @@ class Gradients:
         of_q = torch.empty_like(chunk.q)
         of_k, of_v = torch.zeros_like(chunk.k), torch.zeros_like(chunk.v)
         for block in plan.blocks(chunk.batch):
+            if block.keys.start == block.keys.stop:
+                of_q[:, block.rows].zero_()
+                continue
             weights = _weights(p, chunk, block)
             given = slope[:, block.rows].flatten(1, 2)
             of_v[:, block.keys].baddbmm_(weights.mT, given)
