@@ -35,13 +35,13 @@ def run(call: Call) -> Tensor:
         call.q,
         call.k,
         call.v,
-        turning,
+        _keepable(turning),
         spec.phase if turning is not None else None,
-        spec.slopes,
-        None if call.in_order else call.query_positions,
-        None if call.in_order else call.key_positions,
-        call.key_mask,
-        call.key_segments,
+        _keepable(spec.slopes),
+        None if call.in_order else _keepable(call.query_positions),
+        None if call.in_order else _keepable(call.key_positions),
+        _keepable(call.key_mask),
+        _keepable(call.key_segments),
         spec.feature,
         spec.magnitude,
         spec.num_frequencies,
@@ -51,6 +51,13 @@ def run(call: Call) -> Tensor:
         call.window or 0,
     )
     return out
+
+
+def _keepable(x: Tensor | None) -> Tensor | None:
+    """What a backward pass may keep: tensors made in inference mode may not be."""
+    if x is None or torch.compiler.is_compiling() or not x.is_inference():
+        return x
+    return x if torch.is_inference_mode_enabled() else x.clone()
 
 
 def reads_raw_keys(spec: ScoreSpec, device: torch.device) -> bool:

@@ -14,7 +14,8 @@ from whatwhere.attention.cpu.problem import Problem
 
 # Keys that are looked at together when blocks are sorted into seen, hidden and partly seen.
 _KEYS = 64
-_FAR = torch.iinfo(torch.int64)
+# Beyond every position, a double precisely (padding goes through one), and far from overflow.
+_FAR = 2**62
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +204,6 @@ def _range(x: Tensor, there: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     """Least and largest of every ``size`` of those that are there."""
     low = high = x
     if there is not None:
-        low, high = torch.where(there, x, _FAR.max), torch.where(there, x, _FAR.min)
-    least = _pool(low, size, _FAR.max, largest=False)
-    return least, _pool(high, size, _FAR.min, largest=True)
+        low, high = torch.where(there, x, _FAR), torch.where(there, x, -_FAR)
+    least = _pool(low, size, _FAR, largest=False)
+    return least, _pool(high, size, -_FAR, largest=True)
