@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from torch import Tensor
 from whatwhere.attention.angles import temperature
 from whatwhere.attention.cpu.tables import Angles
 from whatwhere.attention.features import compute_dtype, magnitudes
+
+
+@cache
+def _bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +67,15 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """What is computed in: float32, or float64 for float64 input."""
         return compute_dtype(self.q.dtype)
+
+    @cached_property
+    def product(self) -> torch.dtype:
+        """Of the operands of every product but the scores.
+
+        A score that is rounded to bfloat16 is off by its 8 bits, however large it is; the other
+        operands and results are rounded by the reference as well.
+        """
+        return self.q.dtype if self.q.dtype == torch.bfloat16 and _bfloat16_units() else self.dtype
 
     @property
     def groups(self) -> int:

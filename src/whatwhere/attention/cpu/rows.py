@@ -77,7 +77,7 @@ def _chunk(p: Problem, batch: slice, heads: slice, dead: Tensor | None) -> Chunk
     sizes, count = k.shape[:2], k.shape[0] * k.shape[1]
     made = torch.empty(*sizes, k.shape[2], p.width, dtype=p.dtype)
     p.turn_of_keys(batch, slice(None)).make(k, made)
-    values = v.to(p.dtype).contiguous()
+    values = v.to(p.product).contiguous()
     if dead is not None:
         hidden = dead[slice(None) if dead.shape[0] == 1 else batch, None, :, None]
         made.masked_fill_(hidden, 0.0)
@@ -161,7 +161,7 @@ def rows_forward(
                 target.zero_()
                 continue
             weights = _weights(p, chunk, block)
-            found = torch.bmm(weights, chunk.v[:, block.keys])
+            found = torch.bmm(weights.to(p.product), chunk.v[:, block.keys])
             rows = block.rows.stop - block.rows.start
             target.copy_(found.view(*target.shape[:2], rows, p.groups, -1).transpose(2, 3))
         out[chunk.batch, chunk.queries] = result.flatten(1, 2)
@@ -233,27 +233,28 @@ class Gradients:
         """The part of some heads of some sequences."""
         p = self.problem
         sizes = (chunk.batch.stop - chunk.batch.start, chunk.heads.stop - chunk.heads.start)
-        slope = torch.empty(*chunk.q.shape[:3], grad.shape[-1], dtype=p.dtype)
+        slope = torch.empty(*chunk.q.shape[:3], grad.shape[-1], dtype=p.product)
         _as_given(slope, sizes).copy_(_by_group(p, grad[chunk.batch, chunk.queries]))
         of_q = torch.empty_like(chunk.q)
-        of_k, of_v = torch.zeros_like(chunk.k), torch.zeros_like(chunk.v)
+        of_k, of_v = torch.zeros_like(chunk.k), torch.zeros_like(chunk.v, dtype=p.dtype)
+        keys, queries = chunk.k.to(p.product), chunk.q.to(p.product)
         for block in plan.blocks(chunk.batch):
             if block.keys.start == block.keys.stop:
                 of_q[:, block.rows].zero_()
                 continue
             weights = _weights(p, chunk, block)
             given = slope[:, block.rows].flatten(1, 2)
-            of_v[:, block.keys].baddbmm_(weights.mT, given)
-            change = torch.bmm(given, chunk.v[:, block.keys].mT)
+            _accumulate(of_v[:, block.keys], weights.to(p.product), given)
+            change = torch.bmm(given, chunk.v[:, block.keys].mT).to(p.dtype)
             torch.ops.aten._softmax_backward_data.out(
                 change, weights, -1, p.dtype, grad_input=change
             )
             if self.slopes.numel():
                 self._add_slopes(chunk, block, change)
-            rows = torch.bmm(change, chunk.k[:, block.keys])
+            change = change.to(p.product)
+            rows = torch.bmm(change, keys[:, block.keys])
             of_q[:, block.rows] = rows.view_as(of_q[:, block.rows])
-            queries = chunk.q[:, block.rows].flatten(1, 2)
-            of_k[:, block.keys].baddbmm_(change.mT, queries)
+            _accumulate(of_k[:, block.keys], change, queries[:, block.rows].flatten(1, 2))
         back = _as_given(of_q, sizes)
         if p.phase is not None:
             made = chunk.turn.phase_gradient(_as_given(chunk.q, sizes), back)
@@ -273,6 +274,14 @@ class Gradients:
         apart = change.view(sequences, -1, rows, p.groups, change.shape[-1])
         fall = (apart * _ahead(p, chunk, block)).sum(dim=(0, 2, 4))
         self.slopes[chunk.queries] -= fall.flatten()
+
+
+def _accumulate(total: Tensor, by_row: Tensor, rows: Tensor) -> None:
+    """``total += by_row^T rows``, the sum in the dtype of ``total``."""
+    if rows.dtype == total.dtype:
+        total.baddbmm_(by_row.mT, rows)
+    else:
+        total += torch.bmm(by_row.mT, rows)
 
 
 @rows_forward.register_fake
