@@ -1,6 +1,6 @@
 """One compiled loop over raw keys: magnitude, weight and product without a trip to memory.
 
-The weight of channel ``c`` of the key at ``s`` is ``A_c cos(s theta_c) + B_c sin(s theta_c)``, with
+The weight of channel ``c`` of a key at ``s`` is ``A_c cos(s theta_c) + B_c sin(s theta_c)``, with
 ``A`` and ``B`` from the query, and its score the product of weights and magnitudes.
 """
 

@@ -221,7 +221,9 @@ class Turn:
             turned = out[..., p.frequencies : p.frequencies + count]
             torch.mul(second, self.cos, out=turned)
             turned.addcmul_(first, self.sin, value=-1)
-            self._plain(slope[..., 2 * count : p.frequencies + count], out[..., count : p.frequencies])
+            self._plain(
+                slope[..., 2 * count : p.frequencies + count], out[..., count : p.frequencies]
+            )
             self._plain(slope[..., p.frequencies + count :], out[..., p.frequencies + count :])
         else:
             self._plain(slope, out)

@@ -107,8 +107,6 @@ class Angles:
         else:
             places = self.positions[slice(None) if self.shared else batch, rows]
             if self.table is None:
-                return tuple(
-                    x[:, None] for x in rotation_table(self.inv_freq, places, self.dtype)
-                )  # type: ignore[return-value]
+                return tuple(x[:, None] for x in rotation_table(self.inv_freq, places, self.dtype))  # type: ignore[return-value]
             found = self.table[places[..., 0]]
         return found[:, None, :, : self.width], found[:, None, :, self.width :]
