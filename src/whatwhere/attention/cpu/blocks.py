@@ -94,16 +94,14 @@ class Plan:
         found = some.nonzero()[:, 0].tolist()
         p, total = self.problem, self.problem.k.shape[2]
         if not found:
-            blind = torch.ones(batch.stop - batch.start, rows.stop - rows.start, dtype=torch.bool)
-            return Block(rows, slice(0, 0), [], blind)
+            return Block(rows, slice(0, 0), [])
         first, last = found[0], found[-1] + 1
         keys = slice(first * _KEYS, min(last * _KEYS, total))
         # Runs of key blocks that are not wholly seen.
         partly = F.pad((~whole[first:last]).int(), (1, 1)).diff().nonzero()[:, 0].tolist()
-        edges, blind = [], None
-        if bool(whole[first:last].any()):
-            blind = None
-        elif len(partly) == 2:
+        edges = []
+        blind: Tensor | None = None
+        if not bool(whole[first:last].any()):
             blind = torch.ones(batch.stop - batch.start, rows.stop - rows.start, dtype=torch.bool)
         for start, stop in zip(partly[::2], partly[1::2], strict=True):
             part = slice(start * _KEYS, min(stop * _KEYS, keys.stop - keys.start))
@@ -197,7 +195,8 @@ def _pool(x: Tensor, size: int, filler: bool | int, *, largest: bool) -> Tensor:
     """Largest or least of every ``size`` along the last axis."""
     missing = -x.shape[-1] % size
     parts = F.pad(x, (0, missing), value=filler).unflatten(-1, (-1, size))
-    return parts.amax(dim=-1) if largest else parts.amin(dim=-1)
+    pooled: Tensor = parts.amax(dim=-1) if largest else parts.amin(dim=-1)
+    return pooled
 
 
 def _range(x: Tensor, there: Tensor | None, size: int) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,8 @@ def _scores(p: Problem, keys: slice) -> Tensor:
     if LOOP.wanted(p, count):
         found = LOOP.scores(p, queries.unflatten(0, (batch, shared)), keys)
         if found is not None:
-            return found.mT.unflatten(2, (p.groups, length)).contiguous()
+            by_query: Tensor = found.mT.unflatten(2, (p.groups, length))
+            return by_query.contiguous()
     scores = torch.empty(*queries.shape[:2], count, dtype=p.dtype)
     size = max(16, _HELD // (batch * shared * p.width))
     scratch = torch.empty(batch, shared, min(size, count), p.width, dtype=p.dtype)

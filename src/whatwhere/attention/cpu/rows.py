@@ -90,12 +90,14 @@ def _chunk(p: Problem, batch: slice, heads: slice, dead: Tensor | None) -> Chunk
 
 def _by_group(p: Problem, x: Tensor) -> Tensor:
     """``(b, h, T, F)`` with its heads as ``(b, g, H/G, T, F)``."""
-    return x.unflatten(1, (-1, p.groups))
+    apart: Tensor = x.unflatten(1, (-1, p.groups))
+    return apart
 
 
 def _as_given(rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """``(n, T, H/G, F)`` seen as ``(b, g, H/G, T, F)``."""
-    return rows.unflatten(0, sizes).transpose(2, 3)
+    apart: Tensor = rows.unflatten(0, sizes)
+    return apart.transpose(2, 3)
 
 
 def _weights(p: Problem, chunk: Chunk, block: Block) -> Tensor:
@@ -200,7 +202,8 @@ def rows_backward(
     )
     found = Gradients(p, learned)
     if not grad.numel():
-        return tuple(x.zero_() for x in found.all())
+        found.zero()
+        return found.all()
     plan, dead = Plan(p, block_rows(k.shape[2], p.groups)), unseen(p)
     for chunk in chunks(p, plan, dead):
         found.add(chunk, plan, grad)
@@ -228,6 +231,11 @@ class Gradients:
             for x, like in ((self.phase, p.phase), (self.slopes, p.slopes))
         )
         return self.q, self.k, self.v, phase, slopes
+
+    def zero(self) -> None:
+        """Where there is nothing to attend to."""
+        for x in (self.q, self.k, self.v):
+            x.zero_()
 
     def add(self, chunk: Chunk, plan: Plan, grad: Tensor) -> None:
         """The part of some heads of some sequences."""
@@ -295,7 +303,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     phase, slopes, learned = rest[1], rest[2], rest[-1]
     return (
-        *(x.new_empty(x.shape) for x in (q, k, v)),
+        *(q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
         q.new_empty(0) if phase is None else phase.new_empty(phase.shape),
         slopes.new_empty(slopes.shape) if slopes is not None and learned else q.new_empty(0),
     )
