@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import torch
 import tyro
+from PoPE_pytorch import PoPE, flash_attn_with_pope
 from torch import Tensor
 from x_transformers import x_transformers as xt
 
 import whatwhere as ww
 from interleaved import ratios, rounds, write
-from PoPE_pytorch import PoPE, flash_attn_with_pope
 
 BATCH, HEADS, DIM = 2, 8, 64
 

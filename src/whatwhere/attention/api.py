@@ -178,7 +178,7 @@ def cache_form(
     ``"encoded"`` keys are features (`encode_keys`), computed once per token, up to ``2 D``
     numbers for polar scores. ``"raw"`` keys are ``D`` numbers, and pay only where a backend
     applies the rotation while it reads them: elsewhere every step would encode the whole cache
-    anew.
+    anew. As magnitudes (`unturned`), as many numbers, they are cheaper still to read.
     """
     target = torch.device("cpu" if device is None else device)
     raw = any(entry.reads_raw_keys(spec, target) for entry in BACKENDS.values())
