@@ -19,14 +19,21 @@ import whatwhere as ww
 from interleaved import ratios, rounds, write
 
 # (B, H, T, D): the quick preset, indirect indexing, and the lengths of kernels.md.
-SHAPES = ((32, 4, 128, 32), (64, 8, 48, 64), (4, 8, 1024, 64), (2, 8, 2048, 64))
+SHAPES = (
+    (32, 4, 128, 32),
+    (64, 8, 48, 64),
+    (4, 8, 1024, 64),
+    (4, 8, 2048, 64),
+    (2, 8, 4096, 64),
+)
+# Longer than that errors are not looked for: the oracle has a T x T matrix in float64.
+CHECKED = 1024
 SIDES = (
     ("rope", "sdpa"),
     ("rope", "cpu"),
     ("pope", "sdpa"),
     ("pope", "cpu"),
     ("pope-id", "cpu"),
-    ("pope", "auto"),
 )
 
 
@@ -44,7 +51,7 @@ def call(encoding: ww.Encoding, backend: str, tensors: list[Tensor]) -> Tensor:
 def check(encoding: ww.Encoding, backend: str, shape: tuple[int, int, int, int]) -> float:
     """Largest error of outputs and gradients against float64, relative to the largest value."""
     torch.manual_seed(0)
-    tensors = inputs((min(shape[0], 2), *shape[1:]))
+    tensors = inputs((min(shape[0], 2), shape[1], min(shape[2], CHECKED), shape[3]))
     exact = [x.detach().double().requires_grad_() for x in tensors]
     worst = 0.0
     out, truth = call(encoding, backend, tensors), call(encoding, "reference", exact)

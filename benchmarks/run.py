@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("import_time", "indirect_indexing_generation", "attention", "training_step")
+CPU = ("cpu_choice", "cpu_memory", "cpu_peers", "decode")
+NAMES = ("import_time", "indirect_indexing_generation", "attention", *CPU, "training_step")
 
 
 def main() -> int:

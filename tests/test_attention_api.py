@@ -18,7 +18,7 @@ TAKES: dict[str, tuple[set[str], set[str]]] = {
     "reference": (ALL, ALL),
     "sdpa": (ALL, ALL),
     "flex": (ALL, set()),
-    "cpu": ({"in_order", "full"}, {"in_order", "full"}),
+    "cpu": (ALL, ALL),
     "triton": (ALL, ALL),
     "widened": (ALL, ALL),
 }
@@ -35,7 +35,7 @@ def example(**given: Any) -> dict[str, Any]:
 def test_what_a_backend_takes_and_how_it_refuses(case: str, backend: str, kind: str) -> None:
     for gradient, wanted in enumerate(TAKES.get(backend, (set(), set()))):
         why = refusal(case, backend, kind, bool(gradient), torch.float32)
-        if kind in wanted and not (backend == "cpu" and case.startswith("alibi")):
+        if kind in wanted:
             assert why is None
         if why is not None:  # attention itself must refuse too, in one line, and never fall back
             q, k, v = tensors((1, 2, 4, 4), (1, 2, 4, 4), (1, 2, 4, 4), dtype=torch.float32)
@@ -176,7 +176,7 @@ def test_key_mask_where_batch_equals_length_is_by_key() -> None:
     spec = make_spec("pope", 8, 2)
     mask = torch.rand(5, 5) < 0.5
     mask[:, 0] = True
-    for backend in ("reference", "sdpa"):
+    for backend in ("reference", "sdpa", "cpu"):
         out = ww.attention(q, k, v, spec, key_mask=mask, backend=backend)
         at = torch.arange(5)
         for b in range(5):

@@ -92,11 +92,21 @@ def test_one_graph_serves_a_growing_cache(case: str) -> None:
 
 def test_operators_of_our_own_are_registered_in_full() -> None:
     """Schema, fake and autograd of each; what `torch.compile` relies on."""
-    q, k, v = tensors((2, 3, 40, 6), (2, 50, 6), (2, 50, 4))
-    for x in (q, k, v):
+    spec = make("pope", 6, 6)()
+    q, k, v = tensors((2, 6, 40, 6), (2, 2, 50, 6), (2, 2, 50, 4))
+    phase, slopes = tensors((6, 6), (6,))
+    for x in (q, k, v, phase, slopes):
         x.requires_grad_()
-    for causal in (True, False):
-        found = torch.library.opcheck(torch.ops.whatwhere.rows_forward, (q, k, v, 0.3, causal))
+    at, mask = torch.randperm(50), torch.rand(2, 50) < 0.7
+    placed = (at[None, :40, None], at[None, :, None], mask, None)
+    for causal, given, bias in ((True, (None,) * 4, None), (False, placed, slopes)):
+        tensors_ = (q, k, v, spec.inv_freq, phase, bias, *given)
+        rest = ("polar", "softplus", 6, 0.3, 0, causal, 0)
+        found = torch.library.opcheck(torch.ops.whatwhere.rows_forward, (*tensors_, *rest))
+        assert set(found.values()) == {"SUCCESS"}
+        with torch.no_grad():
+            plain = tuple(x if x is None else x.detach() for x in tensors_)
+            found = torch.library.opcheck(torch.ops.whatwhere.decode, (*plain, *rest))
         assert set(found.values()) == {"SUCCESS"}
 
 

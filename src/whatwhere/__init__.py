@@ -19,6 +19,7 @@ from whatwhere.attention import (
     paged_attention,
     scores,
     table_bytes,
+    unturned,
 )
 from whatwhere.encodings import (
     ENCODINGS,
@@ -64,4 +65,5 @@ __all__ = [
     "paged_attention",
     "scores",
     "table_bytes",
+    "unturned",
 ]

@@ -152,6 +152,10 @@ class ScoreSpec:
         """
         return head_dim + self.num_turning if self.feature == "polar" else head_dim
 
+    def unturned(self) -> ScoreSpec:
+        """The spec of queries and keys that have been through `whatwhere.unturned`."""
+        return self if self.feature != "polar" else replace(self, magnitude="none")
+
     def encoded(self) -> ScoreSpec:
         """The spec of queries and keys that have been through `encode_queries`/`encode_keys`.
 

@@ -119,12 +119,14 @@ def test_cache_report_is_what_the_cache_holds(make, encoding):
 
 
 def test_cache_report_says_why(make):
-    pope, alibi = make("pope").cache_report("cpu"), make("alibi").cache_report("cpu")
-    assert "no backend on cpu" in str(pope[0]) and "pope" in str(pope[0])
+    pope, alibi, rope = (make(name).cache_report("cpu") for name in ("pope", "alibi", "rope"))
+    assert "raw keys" in str(pope[0]) and "a backend on cpu" in str(pope[0])
+    assert "pope" in str(pope[0])
+    assert "no backend on cpu" in str(rope[0])
     assert "leaves keys as they are" in str(alibi[1])
-    raw = make("pope", cache_form="raw").cache_report()[0]
-    assert raw.numbers_per_token < pope[0].numbers_per_token
-    assert "config" in raw.reason
+    encoded = make("pope", cache_form="encoded").cache_report()[0]
+    assert encoded.numbers_per_token > pope[0].numbers_per_token
+    assert "config" in encoded.reason
 
 
 def test_masks_of_static_caches_keep_their_length(make, prompts):

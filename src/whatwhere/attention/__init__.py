@@ -14,7 +14,7 @@ from whatwhere.attention.api import (
     scores,
     table_bytes,
 )
-from whatwhere.attention.features import encode_keys, encode_queries
+from whatwhere.attention.features import encode_keys, encode_queries, unturned
 from whatwhere.attention.paged import paged_attention
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "paged_attention",
     "scores",
     "table_bytes",
+    "unturned",
 ]

@@ -25,8 +25,10 @@ BACKENDS: dict[str, Backend] = {
     "widened": triton.WIDENED,
 }
 
-# Queries from which row blocks beat SDPA over padded values (benchmarks/results).
-_ROWS_PAY = 16
+# Keys from which blocks of rows beat SDPA for features that are the channels themselves, and
+# queries up to which they do not in order (benchmarks/results/cpu_choice.csv).
+_ROWS_PAY = 128
+_FEW = 16
 
 
 def attention(
@@ -178,7 +180,7 @@ def cache_form(
     ``"encoded"`` keys are features (`encode_keys`), computed once per token, up to ``2 D``
     numbers for polar scores. ``"raw"`` keys are ``D`` numbers, and pay only where a backend
     applies the rotation while it reads them: elsewhere every step would encode the whole cache
-    anew.
+    anew. As magnitudes (`unturned`), as many numbers, they are cheaper still to read.
     """
     target = torch.device("cpu" if device is None else device)
     raw = any(entry.reads_raw_keys(spec, target) for entry in BACKENDS.values())
@@ -255,10 +257,25 @@ def _choose(call: Call, backend: str) -> tuple[str, str]:
     biased = call.spec.slopes is not None
     if call.q.device.type == "cuda" and (sparse or biased) and flex.refuses(call) is None:
         return "flex", "documents, windows and slopes need no dense mask there"
-    widened = call.spec.feature_dim(call.q.shape[-1]) > call.v.shape[-1]
-    if widened and call.q.shape[2] >= _ROWS_PAY and cpu.refuses(call) is None:
-        return "cpu", "features are wider than values, which PyTorch's CPU kernel would pad"
+    if cpu.refuses(call) is None:
+        why = _rows_pay(call)
+        if why is not None:
+            return "cpu", why
     return "sdpa", "PyTorch's fused kernel over widened features"
+
+
+def _rows_pay(call: Call) -> str | None:
+    """Why blocks of rows are faster than SDPA on a CPU, or ``None`` if they are not."""
+    if call.spec.feature_dim(call.q.shape[-1]) > call.v.shape[-1]:
+        return "features are wider than values, which PyTorch's CPU kernel would pad"
+    if not call.masked:
+        return None
+    if call.spec.feature != "identity":
+        return "features are made for what is in a core's cache, and hidden keys are skipped"
+    plain = call.in_order and not (call.key_mask is not None or call.key_segments is not None)
+    if call.k.shape[2] < _ROWS_PAY or (plain and call.q.shape[2] <= _FEW):
+        return None
+    return "hidden keys are skipped, and no dense mask is made"
 
 
 __all__ = [

@@ -155,6 +155,26 @@ def encode_keys(k: Tensor, spec: ScoreSpec, positions: Tensor) -> Tensor:
     return _encode(k, spec, at, phase=None, gain=None)
 
 
+def unturned(x: Tensor, spec: ScoreSpec) -> Tensor:
+    """What of queries or keys does not hang on position: magnitudes for ``polar``, else all.
+
+    With both sides unturned the score is that of ``spec.unturned()``. A cache of such keys holds
+    ``D`` numbers a token, and no step computes the magnitude of an old key again.
+
+    Args:
+        x: ``(B, heads, T, D)`` queries or keys.
+        spec: The score.
+
+    Returns:
+        The same shape and dtype.
+    """
+    if spec.feature != "polar" or spec.magnitude == "none":
+        return x
+    shown = magnitudes(x[..., : spec.num_frequencies], spec.magnitude)
+    rest = x[..., spec.num_frequencies :]
+    return torch.cat((shown, rest), dim=-1) if rest.shape[-1] else shown
+
+
 def _encode(
     x: Tensor, spec: ScoreSpec, positions: Tensor, phase: Tensor | None, gain: Tensor | None
 ) -> Tensor:

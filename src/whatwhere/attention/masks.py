@@ -25,6 +25,17 @@ def visible(call: Call) -> Tensor | None:
     return None if seen is None else seen.unsqueeze(1)
 
 
+def without_unseen(call: Call, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with 0 where no query sees them: what lies there may be NaN.
+
+    Args:
+        call: The call.
+        seen: What `visible` gave for it.
+    """
+    hidden = ~seen.any(dim=2)[:, :, :, None]
+    return call.k.masked_fill(hidden, 0.0), call.v.masked_fill(hidden, 0.0)
+
+
 def slope_bias(call: Call, dtype: torch.dtype) -> Tensor:
     """``-slopes * (t - s)``: ``(B or 1, H, T, S)``; needs ``spec.slopes``."""
     assert call.spec.slopes is not None

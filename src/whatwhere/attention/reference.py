@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from whatwhere.attention.call import Backend, Call
 from whatwhere.attention.features import compute_dtype, encode_keys, encode_queries
-from whatwhere.attention.masks import slope_bias, visible
+from whatwhere.attention.masks import slope_bias, visible, without_unseen
 
 
 def scores(call: Call) -> Tensor:
@@ -25,8 +27,11 @@ def scores(call: Call) -> Tensor:
 
 def run(call: Call) -> Tensor:
     """Softmax attention with a T x S matrix."""
-    dtype = compute_dtype(call.q.dtype)
-    logits, seen = scores(call), visible(call)
+    dtype, seen = compute_dtype(call.q.dtype), visible(call)
+    if seen is not None:
+        keys, values = without_unseen(call, seen)
+        call = replace(call, k=keys, v=values)
+    logits = scores(call)
     if seen is not None:
         logits = logits.masked_fill(~seen, float("-inf"))
         some = seen.any(dim=-1, keepdim=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from whatwhere.attention.call import Backend, Call
 from whatwhere.attention.features import encode_keys, encode_queries
-from whatwhere.attention.masks import slope_bias, visible
+from whatwhere.attention.masks import slope_bias, visible, without_unseen
 
 
 def run(call: Call) -> Tensor:
@@ -21,12 +23,16 @@ def run(call: Call) -> Tensor:
 
 
 def _attend(call: Call, dtype: torch.dtype) -> Tensor:
+    seen, causal = _seen(call)
+    if seen is not None and not _all_seen(call):
+        keys, values = without_unseen(call, seen)
+        call = replace(call, k=keys, v=values)
     queries = encode_queries(call.q, call.spec, call.query_positions).to(dtype)
     keys = encode_keys(call.k, call.spec, call.key_positions).to(dtype)
     values = call.v.to(dtype)
     if call.groups > 1:
         keys, values = (x.repeat_interleave(call.groups, dim=1) for x in (keys, values))
-    mask, some, causal = _mask(call, dtype)
+    mask, some = _mask(call, seen, dtype)
     width = values.shape[-1]
     values = _pad_values(queries, values)
     out = F.scaled_dot_product_attention(
@@ -44,24 +50,38 @@ def _pad_values(queries: Tensor, values: Tensor) -> Tensor:
     return F.pad(values, (0, missing)) if missing > 0 and values.device.type == "cpu" else values
 
 
-def _mask(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, bool]:
-    """The mask for SDPA, which queries see any key (``None``: all), and whether ``is_causal``."""
+def _all_seen(call: Call) -> bool:
+    """Whether every key is seen by some query, and every query sees some key, whatever they are.
+
+    The last of queries in order sees every key.
+    """
     only_causal = call.key_mask is None and call.key_segments is None and call.window is None
+    return only_causal and call.in_order
+
+
+def _seen(call: Call) -> tuple[Tensor | None, bool]:
+    """A dense mask where causality in order does not say all, and whether it does."""
     length, total = call.q.shape[2], call.k.shape[2]
-    if only_causal and call.spec.slopes is None and call.in_order and call.causal:
+    if _all_seen(call) and call.spec.slopes is None and call.causal:
         if length == 1:
-            return None, None, False
+            return None, False
         if length == total:
-            return None, None, True
-    seen = visible(call)
+            return None, True
+    return visible(call), False
+
+
+def _mask(
+    call: Call, seen: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask for SDPA, and which queries see any key (``None``: all)."""
     some = None
-    if seen is not None and not (only_causal and call.in_order):
+    if seen is not None and not _all_seen(call):
         some = seen.any(dim=-1, keepdim=True)
         seen = seen | ~some
     if call.spec.slopes is None:
-        return seen, some, False
+        return seen, some
     bias = slope_bias(call, dtype)
-    return bias if seen is None else bias.masked_fill(~seen, float("-inf")), some, False
+    return bias if seen is None else bias.masked_fill(~seen, float("-inf")), some
 
 
 BACKEND = Backend(run=run, refuses=lambda call: None)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from whatwhere.attention import attention, encode_keys, encode_queries
+from whatwhere.attention import attention, encode_keys, encode_queries, unturned
 from whatwhere.models.cache import choose_form
 from whatwhere.models.configuration import WhatWhereConfig
 from whatwhere.models.layer_encodings import make_layer_encoding
@@ -65,6 +65,8 @@ class WhatWhereAttention(nn.Module):
                 q = encode_queries(q, spec, layout.positions)
                 k = encode_keys(k, spec, layout.positions)
                 spec = spec.encoded()
+            else:
+                q, k, spec = unturned(q, spec), unturned(k, spec), spec.unturned()
             keys, values = cache.update(k, v, self.layer)
             if not layout.fresh:
                 k, v = keys, values

@@ -5,9 +5,9 @@ cropping and offloading work as for any model. What is put into them is decided 
 
 - ``"encoded"``: features made once per token at its position. A decoding step encodes only the
   new token, but polar features are up to ``2 D`` numbers wide.
-- ``"raw"``: the ``D`` channels of a key as they come from the projection. Every step encodes all
-  of them again at positions counted from the attention mask, which pays only in a kernel that
-  encodes while it reads.
+- ``"raw"``: the ``D`` channels of a key, of polar scores their magnitudes. Every step turns all of
+  them again, to positions counted from the attention mask, which pays only in a kernel that
+  turns them while it reads.
 """
 
 from __future__ import annotations
