@@ -61,6 +61,22 @@ def test_what_is_predicted_for_hopper(
     assert choices.best("NVIDIA A100", dim, dim, 4096, training, feature_dim=width) is None
 
 
+def test_a_prediction_does_not_pass_for_a_measurement() -> None:
+    assert choices.best(HOPPER, 64, 64, 4096, False) == "widened"
+    assert choices.best(HOPPER, 64, 64, 4096, False, measured=True) is None
+    choices.save([entry(device="H200", backend="triton")])
+    assert choices.best(HOPPER, 64, 64, 4096, False, measured=True) == "triton"
+
+
+def test_whether_a_kernel_was_measured_here() -> None:
+    here = choices.device_name("cpu")
+    choices.save(
+        [entry(device=here, backend="cpu"), entry(device=here, backend="triton", measured=False)]
+    )
+    assert choices.measured_on("cpu", ["cpu", "sdpa"])
+    assert not choices.measured_on("cpu", ["triton", "widened"])
+
+
 def test_nothing_is_said_of_other_widths() -> None:
     assert choices.best(HOPPER, 80, 80, 4096, False) is None
     assert choices.best(HOPPER, 64, 32, 4096, False) is None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from whatwhere.attention import cpu, flex, reference, sdpa, triton
+from whatwhere.attention import choices, cpu, flex, reference, sdpa, triton
 from whatwhere.attention.angles import rotation_table
 from whatwhere.attention.call import Backend, Call, prepare
 from whatwhere.spec import ScoreSpec, UnsupportedError
@@ -253,14 +253,38 @@ def _choose(call: Call, backend: str) -> tuple[str, str]:
                 f"backend {backend!r} cannot compute this call: {why} (can: {', '.join(able)})"
             )
         return backend, "named in the call"
-    sparse = call.key_segments is not None or call.window is not None
-    biased = call.spec.slopes is not None
-    if call.q.device.type == "cuda" and (sparse or biased) and flex.refuses(call) is None:
-        return "flex", "documents, windows and slopes need no dense mask there"
+    if call.q.device.type == "cuda":
+        return _choose_on_gpu(call)
     if cpu.refuses(call) is None:
         why = _rows_pay(call)
         if why is not None:
             return "cpu", why
+    return "sdpa", "PyTorch's fused kernel over widened features"
+
+
+def _choose_on_gpu(call: Call) -> tuple[str, str]:
+    """Our kernels where they were measured, and so checked, on this device; else PyTorch's.
+
+    `whatwhere bench --calibrate` measures them.
+    """
+    device, head_dim, total = call.q.device, call.q.shape[-1], call.k.shape[2]
+    decodes = call.q.shape[2] <= triton.DECODE_QUERIES and not call.needs_grad
+    if decodes and triton.reads_raw_keys(call.spec, device) and triton.refuses(call) is None:
+        return "triton", "few queries: keys are read once, raw, and split among programs"
+    named = choices.best(
+        choices.device_name(device),
+        head_dim,
+        call.v.shape[-1],
+        total,
+        call.needs_grad,
+        feature_dim=call.spec.feature_dim(head_dim),
+        measured=True,
+    )
+    if named is not None and named in BACKENDS and BACKENDS[named].refuses(call) is None:
+        return named, "measured as the fastest on this device"
+    hidden = call.key_segments is not None or call.window is not None
+    if (hidden or call.spec.slopes is not None) and flex.refuses(call) is None:
+        return "flex", "documents, windows and slopes need no dense mask there"
     return "sdpa", "PyTorch's fused kernel over widened features"
 
 

@@ -31,7 +31,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "source": str,
 }
 
-Entry = tuple[str, int, int, int, int, int | None, bool, str]
+Entry = tuple[str, int, int, int, int, int | None, bool, str, bool]
 """Of a checked entry what `best` reads, in the order of `_KEYS`."""
 
 
@@ -43,6 +43,7 @@ def best(
     training: bool,
     *,
     feature_dim: int | None = None,
+    measured: bool = False,
 ) -> str | None:
     """The backend that the tables name for a call, or ``None`` if they say nothing of it.
 
@@ -58,6 +59,8 @@ def best(
         training: Whether a backward pass may follow.
         feature_dim: Width of the score's features, ``spec.feature_dim(D)``; ``None`` is
             ``2 D``, where every channel turns.
+        measured: Whether only entries count that were measured. A prediction says nothing of
+            whether a kernel is right on a device that it never ran on.
 
     Returns:
         A name, which need not be a backend that this version has or that takes the call.
@@ -67,12 +70,25 @@ def best(
     """
     width = 2 * head_dim if feature_dim is None else feature_dim
     entries: tuple[Entry, ...] = _tables()
-    for device, dim, features, values, least, most, trains, backend in entries:
+    for device, dim, features, values, least, most, trains, backend, known in entries:
         if (dim, features, values, trains) != (head_dim, width, value_dim, training):
+            continue
+        if measured and not known:
             continue
         if least <= length and (most is None or length <= most) and device in device_name:
             return backend
     return None
+
+
+def measured_on(device: torch.device | str, backends: Iterable[str]) -> bool:
+    """Whether one of these backends was measured, and so checked, on a device.
+
+    Raises:
+        ValueError: If a file is not as `validate` wants it.
+    """
+    name, wanted = device_name(device), set(backends)
+    entries: tuple[Entry, ...] = _tables()
+    return any(entry[0] in name and entry[7] in wanted and entry[8] for entry in entries)
 
 
 def device_name(device: torch.device | str) -> str:
@@ -190,11 +206,14 @@ def forget() -> None:
 _read: dict[str, tuple[Entry, ...]] = {}
 
 
-# A traced call keeps the entries as they were then: files cannot be read in a graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tables() -> tuple[Entry, ...]:
     if "entries" not in _read:
-        kept = tuple(_KEYS)[:8]
+        kept = tuple(_KEYS)[:9]
         entries: Any = [*load(user_file()), *load(SHIPPED)]
         _read["entries"] = tuple(tuple(entry[key] for key in kept) for entry in entries)
     return _read["entries"]
+
+
+# What torch.compiler.assume_constant_result sets: a traced call keeps the entries as they were
+# then, since no file is read in a graph. The function itself would load PyTorch's compiler here.
+_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]

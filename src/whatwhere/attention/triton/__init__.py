@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whatwhere.attention import choices
 from whatwhere.attention.call import Backend, Call
 from whatwhere.attention.triton import arguments, ops, pages, widened
 from whatwhere.spec import ScoreSpec
@@ -40,8 +41,10 @@ def run(call: Call) -> Tensor:
 
 
 def reads_raw_keys(spec: ScoreSpec, device: torch.device) -> bool:
-    """On a GPU the decoding kernel turns keys as it reads them."""
-    return device.type == "cuda" and spec.feature == "polar" and arguments.INSTALLED
+    """On a GPU where the kernels were measured, decoding turns polar keys as it reads them."""
+    if device.type != "cuda" or spec.feature != "polar" or not arguments.INSTALLED:
+        return False
+    return choices.measured_on(device, ("triton", "widened"))
 
 
 BACKEND = Backend(run=run, refuses=refuses, reads_raw_keys=reads_raw_keys, pages=pages)

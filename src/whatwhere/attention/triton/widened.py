@@ -55,9 +55,9 @@ def takes(call: Call) -> bool:
 def _stock(call: Call) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    causal = False
-    if call.causal and call.q.shape[2] > 1:  # a plain bool, also where lengths are symbols
-        causal = True
+    # Plain bools, also where sizes are symbols.
+    causal = True if call.causal and call.q.shape[2] > 1 else False  # noqa: SIM210
+    grouped = True if call.groups > 1 else False  # noqa: SIM210
     values, width = call.v, call.v.shape[-1]
 
     def attend() -> Tensor:
@@ -67,7 +67,7 @@ def _stock(call: Call) -> Tensor:
             values,
             is_causal=causal,
             scale=call.spec.scale,
-            enable_gqa=call.groups > 1,
+            enable_gqa=grouped,
         )[..., :width]
 
     if call.q.device.type == "cpu":
