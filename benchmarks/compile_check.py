@@ -69,6 +69,7 @@ class Case:
 
 
 CASES = (
+    Case("pope-128-fp32", "pope", 128, torch.float32),
     Case("pope-64", "pope", 64),
     Case("pope-128", "pope", 128),
     Case("pope-64-full", "pope", 64, call=()),

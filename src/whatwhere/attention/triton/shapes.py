@@ -64,40 +64,65 @@ def _capability(device: torch.device) -> int:
 
 def shape_for(kernel: Kernel, problem: Problem) -> Shape:
     """The shape for a call on its device."""
-    wide = max(problem.features, padded(problem.width))
-    return shape(kernel, wide, problem.dtype.itemsize, _capability(problem.device))
+    score = problem.score
+    plain = problem.in_order and score.key_mask is None and score.key_segments is None
+    wide = problem.features + padded(problem.width)
+    return shape(kernel, wide, problem.dtype.itemsize, _capability(problem.device), plain)
 
 
-def shape(kernel: Kernel, features: int, itemsize: int, capability: int) -> Shape:
-    """The shape for features this wide, in numbers of this many bytes, on an architecture."""
+def shape(kernel: Kernel, wide: int, itemsize: int, capability: int, plain: bool) -> Shape:
+    """The shape for features and values together this wide, in numbers of this many bytes.
+
+    Args:
+        kernel: Which kernel.
+        wide: Width of features as tiles hold them, and of values.
+        itemsize: Bytes of a number.
+        capability: Of the device, e.g. 90.
+        plain: Whether positions are in order and nothing but causality and windows hides keys;
+            before Hopper, positions and masks take registers that larger tiles need.
+    """
     if itemsize == 4:
         # Float32 products run on the plain units: small tiles, registers are all there is.
-        return Shape(32, 32, 4, 1) if features <= 128 else Shape(16, 16, 4, 1)
-    small = capability < 90 and capability != 80
-    for limit, table in _SHAPES.items():
-        if features <= limit:
-            rows, columns, warps, stages = table[kernel]
-            break
-    else:
-        rows, columns, warps, stages = _WIDEST[kernel]
-    if small and rows * columns > 64 * 64:
-        # 99 KB of shared memory (sm_86, sm_89).
-        rows, columns, warps, stages = min(rows, 64), min(columns, 32), 4, min(stages, 2)
-    return Shape(rows, columns, warps, stages)
+        return Shape(32, 32, 4, 1) if wide <= 256 else Shape(16, 16, 4, 1)
+    table = _HOPPER if capability >= 90 else _AMPERE if plain else _AMPERE_MASKED
+    for limit, shapes in table.items():
+        if wide <= limit:
+            return Shape(*shapes[kernel])
+    return Shape(*_WIDEST[kernel])
 
 
-_SHAPES: dict[int, dict[str, tuple[int, int, int, int]]] = {
-    64: {"forward": (128, 64, 4, 3), "queries": (64, 64, 4, 2), "keys": (64, 64, 4, 2)},
-    128: {"forward": (128, 128, 8, 2), "queries": (128, 64, 8, 2), "keys": (64, 128, 8, 2)},
-    256: {"forward": (128, 64, 8, 2), "queries": (128, 64, 8, 2), "keys": (64, 64, 8, 2)},
+# By the width of features and values together: queries, keys, warps, stages.
+_HOPPER: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
+    128: {"forward": (128, 64, 8, 2), "queries": (128, 64, 8, 2), "keys": (64, 128, 8, 2)},
+    192: {"forward": (128, 128, 8, 2), "queries": (128, 64, 8, 2), "keys": (64, 128, 8, 2)},
+    256: {"forward": (128, 64, 8, 2), "queries": (128, 64, 8, 2), "keys": (32, 128, 8, 2)},
+    384: {"forward": (128, 64, 8, 2), "queries": (64, 64, 8, 2), "keys": (32, 64, 8, 2)},
+    512: {"forward": (64, 64, 8, 2), "queries": (64, 32, 8, 2), "keys": (32, 32, 8, 1)},
 }
-_WIDEST = {"forward": (64, 32, 8, 2), "queries": (64, 32, 8, 2), "keys": (32, 32, 8, 1)}
+_AMPERE: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
+    128: {"forward": (128, 32, 8, 2), "queries": (64, 32, 8, 2), "keys": (16, 64, 8, 2)},
+    192: {"forward": (128, 64, 8, 2), "queries": (32, 64, 8, 2), "keys": (32, 64, 8, 2)},
+    256: {"forward": (64, 32, 8, 2), "queries": (32, 64, 8, 2), "keys": (16, 32, 8, 2)},
+    384: {"forward": (64, 32, 8, 2), "queries": (32, 32, 8, 2), "keys": (16, 64, 8, 2)},
+}
+_AMPERE_MASKED: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
+    128: {"forward": (128, 32, 8, 2), "queries": (16, 32, 4, 1), "keys": (16, 64, 8, 2)},
+    192: {"forward": (128, 32, 8, 2), "queries": (32, 64, 8, 2), "keys": (32, 32, 4, 2)},
+    256: {"forward": (16, 32, 4, 2), "queries": (32, 64, 8, 2), "keys": (16, 32, 8, 2)},
+    384: {"forward": (16, 32, 4, 2), "queries": (16, 32, 4, 1), "keys": (16, 32, 8, 2)},
+}
+_WIDEST: dict[Kernel, tuple[int, int, int, int]] = {
+    "forward": (64, 32, 8, 2),
+    "queries": (64, 32, 8, 1),
+    "keys": (16, 32, 8, 1),
+}
 
 
 def decode_shape(problem: Problem) -> Shape:
     """The shape of decoding: rows are the queries of all heads that share a key head."""
     rows = problem.groups * problem.length
-    columns = 64 if problem.features <= 256 else 32
+    wide = problem.features + padded(problem.width)
+    columns = 64 if wide <= 320 else 32 if wide <= 512 else 16
     if problem.dtype.itemsize == 4:
-        columns = 32
-    return Shape(16 if rows <= 16 else 32, columns, 4 if problem.features <= 128 else 8, 2)
+        columns = 32 if wide <= 512 else 16
+    return Shape(16 if rows <= 16 else 32, columns, 8, 2)
