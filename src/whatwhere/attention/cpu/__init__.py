@@ -8,12 +8,14 @@ are operators of their own, so that `torch.compile` calls them without a break.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from whatwhere.attention.call import Backend, Call
-from whatwhere.attention.cpu.decode import FEW, decode
-from whatwhere.attention.cpu.rows import rows_forward
+from whatwhere.attention.cpu.decode import FEW, attend_few, decode
+from whatwhere.attention.cpu.rows import EagerRows, rows_forward
 from whatwhere.spec import ScoreSpec
 
 
@@ -31,7 +33,11 @@ def run(call: Call) -> Tensor:
     if spec.inv_freq is not None and spec.num_turning:
         turning = spec.inv_freq[:, : spec.num_turning].to(call.q.device)
     few = call.q.shape[2] <= FEW and not call.needs_grad
-    out: Tensor = (decode if few else rows_forward)(
+    if torch.compiler.is_compiling():
+        function: Callable[..., Tensor] = decode if few else rows_forward
+    else:
+        function = attend_few if few else EagerRows.apply
+    return function(
         call.q,
         call.k,
         call.v,
@@ -50,7 +56,6 @@ def run(call: Call) -> Tensor:
         call.causal,
         call.window or 0,
     )
-    return out
 
 
 def _keepable(x: Tensor | None) -> Tensor | None:

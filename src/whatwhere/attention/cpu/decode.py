@@ -23,8 +23,7 @@ FEW = 16
 _HELD = 2**20
 
 
-@torch.library.custom_op("whatwhere::decode", mutates_args=(), device_types="cpu")
-def decode(
+def attend_few(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -135,6 +134,11 @@ def _mix(p: Problem, weights: Tensor, keys: slice, seen: Tensor | None) -> Tenso
 def _parts(keys: slice, size: int) -> Iterator[slice]:
     for start in range(keys.start, keys.stop, size):
         yield slice(start, min(start + size, keys.stop))
+
+
+decode = torch.library.custom_op("whatwhere::decode", mutates_args=(), device_types="cpu")(
+    attend_few
+)
 
 
 @decode.register_fake

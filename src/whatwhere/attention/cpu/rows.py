@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,8 +124,7 @@ def _ahead(p: Problem, chunk: Chunk, block: Block) -> Tensor:
     return distances(p, chunk.batch, block.rows, block.keys).to(p.dtype)[:, None, :, None]
 
 
-@torch.library.custom_op("whatwhere::rows_forward", mutates_args=(), device_types="cpu")
-def rows_forward(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -170,8 +170,7 @@ def rows_forward(
     return out
 
 
-@torch.library.custom_op("whatwhere::rows_backward", mutates_args=(), device_types="cpu")
-def rows_backward(
+def attend_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -292,6 +291,11 @@ def _accumulate(total: Tensor, by_row: Tensor, rows: Tensor) -> None:
         total += torch.bmm(by_row.mT, rows)
 
 
+_operator = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
+rows_forward = _operator("whatwhere::rows_forward")(attend)
+rows_backward = _operator("whatwhere::rows_backward")(attend_backward)
+
+
 @rows_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])
@@ -330,3 +334,44 @@ def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
 
 rows_forward.register_autograd(_differentiate, setup_context=_keep)
 rows_backward.register_autograd(_differentiate_twice)
+
+
+class EagerRows(torch.autograd.Function):
+    """The same outside of `torch.compile`: an operator's first call would import the compiler."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        """As `attend`."""
+        return attend(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """As the operator."""
+        _keep(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """As the operator."""
+        wanted = ctx.needs_input_grad
+        found = EagerRowsBackward.apply(grad, *ctx.saved_tensors, *ctx.rest, bool(wanted[5]))
+        q, k, v, phase, slopes = found
+        given = (q, k, v, None, phase if wanted[4] else None, slopes if wanted[5] else None)
+        return *given, *(None,) * 11
+
+
+class EagerRowsBackward(torch.autograd.Function):
+    """The backward pass, which has none of its own."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        """As `attend_backward`."""
+        return attend_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        """Refuses."""
+        _differentiate_twice(ctx, *grads)
