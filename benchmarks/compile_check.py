@@ -11,6 +11,7 @@ a kernel are known without a GPU. Fails where a kernel spills, has no tensor-cor
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import re
 import subprocess
@@ -41,6 +42,8 @@ RECORD = Path(__file__).parent / "results" / "kernels.csv"
 # Shared memory that a block may have, bytes (CUDA programming guide, compute capabilities).
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA", "HMMA", "TCGEN05")}
+KEY = ("case", "kernel", "architecture")
+CORE = ("pope-64", "pope-128", "rope-64")
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -77,6 +80,7 @@ CASES = (
     Case("pope-64-fp32", "pope", 64, torch.float32),
     Case("pope-half-128", "pope", 128, options=(("fraction", 0.5),)),
     Case("pope-64-grouped", "pope", 64, kv_heads=1),
+    Case("pope-128-grouped", "pope", 128, kv_heads=1),
     Case("pope-64-packed", "pope", 64, call=("causal", "segments")),
     Case("pope-64-window", "pope", 64, call=("causal", "window")),
     Case("pope-64-masked", "pope", 64, call=("causal", "positions", "mask")),
@@ -207,8 +211,8 @@ def resources(binary: Any) -> dict[str, int]:
         "spills": sum(name in ("STL", "LDL") for name in short),
         "shared": int(binary.metadata.shared),
         "instructions": len(names),
-        "tensor": sum(name in sum(TENSOR_CORES.values(), ()) for name in short),
-        "hmma": short.count("HMMA"),
+        "tensor cores": sum(name in sum(TENSOR_CORES.values(), ()) for name in short),
+        "mma.sync": short.count("HMMA"),
     }
 
 
@@ -219,12 +223,17 @@ def _output(*command: Any) -> str:
 
 
 def check_case(case: Case, capability: int) -> list[dict[str, Any]]:
-    rows = []
+    """One row for each kernel of a case."""
+    rows: list[dict[str, Any]] = []
+    done: set[str] = set()
     torch.set_num_threads(1)
     for found in launches(case, capability):
         name = found.kernel.fn.__name__.removesuffix("_kernel")
-        if name in ("table", "merge") and case.name != "pope-64":
+        if name in ("table", "merge", "magnitude") and case.name != "pope-64":
             continue
+        if name in done:
+            continue
+        done.add(name)
         shape = "x".join(str(found.arguments[n]) for n in ("BM", "BN") if n in found.arguments)
         rows.append(
             {
@@ -235,46 +244,114 @@ def check_case(case: Case, capability: int) -> list[dict[str, Any]]:
                 "warps": found.warps,
                 "stages": found.stages,
                 **resources(compiled(found, capability)),
+                "triton": triton.__version__,
             }
         )
     return rows
 
 
-def faults(row: dict[str, Any], dtype: torch.dtype) -> Iterator[str]:
+def strict(case: Case) -> bool:
+    """Whether a case must not spill at all.
+
+    The accumulators of wider heads fill the registers of a multiprocessor by themselves: what
+    they spill is on record, and may not change unseen.
+    """
+    return case.head_dim <= (128 if case.dtype.itemsize == 2 else 64)
+
+
+def faults(row: dict[str, Any], case: Case) -> Iterator[str]:
     """What is wrong with a kernel, whatever was recorded."""
     capability = int(row["architecture"][3:])
-    if row["spills"]:
+    if row["spills"] and strict(case):
         yield f"{row['spills']} instructions spill registers"
     if row["shared"] > ARCHITECTURES[capability]:
         yield f"wants {row['shared']} bytes of shared memory, has {ARCHITECTURES[capability]}"
     products = row["kernel"] in ("forward", "backward_queries", "backward_keys", "decode")
-    if products and dtype != torch.float32 and not row["tensor"]:
+    if not products or case.dtype == torch.float32:
+        return
+    if not row["tensor cores"]:
         yield "has no tensor-core instruction"
-    if products and capability == 90 and row["hmma"] and row["kernel"] != "decode":
+    # Few queries fill no more than Ampere's tiles.
+    if capability == 90 and row["mma.sync"] and row["kernel"] != "decode" and strict(case):
         yield "uses HMMA, Ampere's instruction, in place of HGMMA"
 
 
+def recorded_rows() -> dict[tuple[str, ...], dict[str, str]]:
+    """The record, by what was compiled."""
+    if not RECORD.exists():
+        return {}
+    with RECORD.open(newline="", encoding="utf-8") as file:
+        return {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Replace the record whole."""
+    temporary = RECORD.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(RECORD)
+
+
+def jobs(given: argparse.Namespace) -> list[tuple[Case, int]]:
+    """Cases times architectures; in brief, those that are not tuned for with fewer cases."""
+    found = []
+    for case in CASES:
+        if given.cases and case.name not in given.cases:
+            continue
+        for capability in given.sm:
+            if given.brief and (
+                case.head_dim > 128 or (capability != 90 and case.name not in CORE)
+            ):
+                continue
+            found.append((case, capability))
+    return found
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Compile, compare, report."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write the record anew")
+    parser.add_argument("--brief", action="store_true", help="what every change is held to")
     parser.add_argument("--cases", nargs="*", help="names of cases; all by default")
     parser.add_argument("--sm", nargs="*", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
-    cases = [case for case in CASES if not given.cases or case.name in given.cases]
-    jobs = [(case, capability) for case in cases for capability in given.sm]
-    rows: list[dict[str, Any]] = []
-    bad = 0
+    if given.update and (given.brief or given.cases or given.sm != list(ARCHITECTURES)):
+        parser.error("--update writes the whole record: name no cases")
+    record = recorded_rows()
+    todo, rows, bad = jobs(given), [], 0
     with ProcessPoolExecutor(given.workers) as pool:
-        for (case, _), found in zip(
-            jobs, pool.map(check_case, *zip(*jobs, strict=True)), strict=True
-        ):
+        results = pool.map(check_case, *zip(*todo, strict=True))
+        for (case, _), found in zip(todo, results, strict=True):
             for row in found:
-                wrong = list(faults(row, case.dtype))
+                wrong = list(faults(row, case))
+                if not given.update:
+                    wrong += differences(row, record)
                 bad += len(wrong)
                 rows.append(row)
                 print(*row.values(), *wrong, sep="\t", flush=True)
+    if given.update:
+        write(rows)
+        print(RECORD)
+    elif bad:
+        print("if this was meant: benchmarks/compile_check.py --update", file=sys.stderr)
     return int(bad > 0)
+
+
+def differences(row: dict[str, Any], record: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
+    """What is not as recorded, if the record was made by the same compiler."""
+    known = record.get(tuple(row[name] for name in KEY))
+    if known is None:
+        return ["is not on record"]
+    if known["triton"] != row["triton"]:
+        return []
+    return [
+        f"{name} {row[name]}, on record {known[name]}"
+        for name in ("block", "warps", "stages", "registers", "spills", "shared")
+        if str(row[name]) != known[name]
+    ]
 
 
 if __name__ == "__main__":

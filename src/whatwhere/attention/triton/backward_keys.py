@@ -76,13 +76,15 @@ def backward_keys_kernel(
 ):  # fmt: skip
     """Gradients of ``BN`` keys and values of one key head, over all its query heads.
 
-    ``Q`` and ``K`` hold magnitudes, ``K_RAW`` the keys as given. Queries stream past, so the
-    phase turns the keys here, once a head: the score hangs on the difference alone.
+    ``Q`` and ``K`` hold magnitudes, ``K_RAW`` the keys as given. The score hangs on the
+    difference of angles alone, so that the phase may turn either side.
     """
     TURNS: tl.constexpr = R2 > 0
     RESTS: tl.constexpr = P2 > 0
-    # With several heads of different phases, each is turned back before the next adds to it.
-    EACH: tl.constexpr = PHASED and GROUPS > 1
+    # The phase of the only head that sees these keys turns them, once; of several, each turns its
+    # queries as they stream past, so that one sum of gradients does for all.
+    TURN_KEYS: tl.constexpr = PHASED and GROUPS == 1
+    TURN_QUERIES: tl.constexpr = PHASED and GROUPS > 1
     block = tl.program_id(0)
     pair = tl.program_id(1)
     G = H // GROUPS
@@ -103,11 +105,18 @@ def backward_keys_kernel(
     if KEYS_MASKED:
         k_live = k_ok & (tl.load(K_MASK + b * S + k_rows, mask=k_ok, other=0) != 0)
     k_table = b * k_table_b + n0.to(tl.int64) * R
+    k1 = 0
+    k2 = 0
     if TURNS:
         dk1 = tl.zeros([BN, R2], tl.float32)
         dk2 = tl.zeros([BN, R2], tl.float32)
-        if EACH:
-            da = tl.zeros([BN, R2], tl.float32)
+        cos, sin = angles(
+            K_COS, K_SIN, k_table, PHASE_COS, PHASE_SIN, g * R, -1.0,
+            columns, k_live, R, R2, TURN_KEYS,
+        )  # fmt: skip
+        k1, k2 = features(
+            K, cos, sin, columns, k_live, k_s, k_d, magnitudes, R, dtype, KIND, RAW, R2
+        )
     k3 = 0
     if RESTS:
         k3 = load_tile(K, columns, k_live, k_s, k_d, rest_at, P, P2, True)
@@ -130,85 +139,71 @@ def backward_keys_kernel(
             n0, last, ahead, T, window, BM, CAUSAL, WINDOWED
         )
     rows = tl.arange(0, BM)
-    for head in range(GROUPS):
-        h = g * GROUPS + head
-        if TURNS:
-            cos, sin = angles(
-                K_COS, K_SIN, k_table, PHASE_COS, PHASE_SIN, h * R, -1.0,
-                columns, k_live, R, R2, PHASED,
-            )  # fmt: skip
-            k1, k2 = features(
-                K, cos, sin, columns, k_live, k_s, k_d, magnitudes, R, dtype, KIND, RAW, R2
-            )
-        else:
-            k1 = 0
-            k2 = 0
-        if EACH:
-            dk1 = tl.zeros([BN, R2], tl.float32)
-            dk2 = tl.zeros([BN, R2], tl.float32)
+    count = end - begin
+    # One loop over heads and their blocks, so that loads of the next head overlap with this one.
+    for j in tl.range(0, GROUPS * count):
+        h = g * GROUPS
+        i = begin + j
+        if GROUPS > 1:
+            h += j // count
+            i = begin + j % count
         if SLOPED:
             slope = tl.load(SLOPES + h) * LOG2E
         q_head = Q + b * q_b + h * q_h
         g_head = GRAD + b * g_b + h * g_h
         per_row = (b * H + h) * T
-        for i in tl.range(begin, end):
-            m = tl.load(LIST + i) if LISTED else i
-            m0 = m * BM
-            q_rows = m0 + rows
-            q_ok = q_rows < T
-            qp = q_head + m0.to(tl.int64) * q_t
-            q1 = 0
-            q2 = 0
-            q3 = 0
-            if TURNS:
-                table = b * q_table_b + m0.to(tl.int64) * R
-                q_cos = load_tile(Q_COS + table, rows, q_ok, R, 1, 0, R, R2, True)
-                q_sin = load_tile(Q_SIN + table, rows, q_ok, R, 1, 0, R, R2, True)
-                q1, q2 = features(
-                    qp, q_cos, q_sin, rows, q_ok, q_t, q_d, magnitudes, R, dtype, KIND, RAW, R2
-                )
-            if RESTS:
-                q3 = load_tile(qp, rows, q_ok, q_t, q_d, rest_at, P, P2, True)
-            lse = tl.load(LSE + per_row + q_rows, mask=q_ok, other=float("inf"))
-            share = tl.load(SHARE + per_row + q_rows, mask=q_ok, other=0.0)
-            factor = tl.full([BM], scale, tl.float32)
-            if GAINED:
-                factor *= tl.load(GAIN + b * gain_b + q_rows, mask=q_ok, other=1.0)
-            s = inner(k1, k2, k3, q1, q2, q3, TURNS, RESTS, PRECISION)
-            s *= (factor * LOG2E)[None, :]
-            q_at = places(Q_AT, b * q_at_b, q_rows, q_ok, ahead, IN_ORDER)
-            if SLOPED:
-                s -= slope * (q_at[None, :] - k_at[:, None]).to(tl.float32)
-            p = tl.exp2(s - lse[None, :])
-            if (i < whole) | (i >= whole_end):
-                q_segment = labels(Q_SEGMENT + b * T, q_rows, q_ok, True) if SEGMENTED else q_rows
-                seen = visible(
-                    q_ok[None, :], q_at[None, :], q_segment[None, :],
-                    k_live[:, None], k_at[:, None], k_segment[:, None],
-                    window, CAUSAL, WINDOWED, SEGMENTED,
-                )  # fmt: skip
-                p = tl.where(seen, p, 0.0)
-            gp = g_head + m0.to(tl.int64) * g_t
-            grad = load_tile(gp, rows, q_ok, g_t, g_d, 0, W, V2, True).to(dtype)
-            dv = tl.dot(p.to(dtype), grad, dv, input_precision=PRECISION)
-            dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-            # A key that nobody sees may hold NaN: its p is 0, and so must this be.
-            ds = tl.where(p == 0.0, 0.0, p * (dp - share[None, :]))
-            if GAINED:
-                ds *= (factor / scale)[None, :]
-            ds = ds.to(dtype)
-            if TURNS:
-                dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-                dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
-            if RESTS:
-                dk3 = tl.dot(ds, q3, dk3, input_precision=PRECISION)
-        if EACH:
-            cos, sin = angles(
-                K_COS, K_SIN, k_table, PHASE_COS, PHASE_SIN, h * R, -1.0,
-                columns, k_live, R, R2, PHASED,
+        m = tl.load(LIST + i) if LISTED else i
+        m0 = m * BM
+        q_rows = m0 + rows
+        q_ok = q_rows < T
+        qp = q_head + m0.to(tl.int64) * q_t
+        q1 = 0
+        q2 = 0
+        q3 = 0
+        if TURNS:
+            table = b * q_table_b + m0.to(tl.int64) * R
+            q_cos, q_sin = angles(
+                Q_COS, Q_SIN, table, PHASE_COS, PHASE_SIN, h * R, 1.0,
+                rows, q_ok, R, R2, TURN_QUERIES,
             )  # fmt: skip
-            turned, _ = turn_back(dk1, dk2, cos, sin, KIND)
-            da += turned
+            q1, q2 = features(
+                qp, q_cos, q_sin, rows, q_ok, q_t, q_d, magnitudes, R, dtype, KIND, RAW, R2
+            )
+        if RESTS:
+            q3 = load_tile(qp, rows, q_ok, q_t, q_d, rest_at, P, P2, True)
+        lse = tl.load(LSE + per_row + q_rows, mask=q_ok, other=float("inf"))
+        share = tl.load(SHARE + per_row + q_rows, mask=q_ok, other=0.0)
+        factor = tl.full([BM], scale, tl.float32)
+        if GAINED:
+            factor *= tl.load(GAIN + b * gain_b + q_rows, mask=q_ok, other=1.0)
+        s = inner(k1, k2, k3, q1, q2, q3, TURNS, RESTS, PRECISION)
+        s *= (factor * LOG2E)[None, :]
+        q_at = places(Q_AT, b * q_at_b, q_rows, q_ok, ahead, IN_ORDER)
+        if SLOPED:
+            s -= slope * (q_at[None, :] - k_at[:, None]).to(tl.float32)
+        p = tl.exp2(s - lse[None, :])
+        if (i < whole) | (i >= whole_end):
+            q_segment = labels(Q_SEGMENT + b * T, q_rows, q_ok, True) if SEGMENTED else q_rows
+            seen = visible(
+                q_ok[None, :], q_at[None, :], q_segment[None, :],
+                k_live[:, None], k_at[:, None], k_segment[:, None],
+                window, CAUSAL, WINDOWED, SEGMENTED,
+            )  # fmt: skip
+            p = tl.where(seen, p, 0.0)
+        gp = g_head + m0.to(tl.int64) * g_t
+        grad = load_tile(gp, rows, q_ok, g_t, g_d, 0, W, V2, True).to(dtype)
+        dv = tl.dot(p.to(dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        # A key that nobody sees may hold NaN: its p is 0, and so must this be.
+        ds = tl.where(p == 0.0, 0.0, p * (dp - share[None, :]))
+        if GAINED:
+            ds *= (factor / scale)[None, :]
+        ds = ds.to(dtype)
+        if TURNS:
+            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+            dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
+        if RESTS:
+            dk3 = tl.dot(ds, q3, dk3, input_precision=PRECISION)
 
     # Addresses and angles are worked out and read anew: kept through the loop, they would push
     # the accumulators out of registers.
@@ -226,14 +221,11 @@ def backward_keys_kernel(
     K_RAW += b * r_b + g * r_h + n0.to(tl.int64) * r_s
     DK += (b * S + n0) * G * D + g * D
     if TURNS:
-        if EACH:
-            db = da
-        else:
-            own_cos, own_sin = angles(
-                K_COS, K_SIN, k_table, PHASE_COS, PHASE_SIN, g * R, -1.0,
-                late, late_live, R, R2, PHASED,
-            )  # fmt: skip
-            da, db = turn_back(dk1, dk2, own_cos, own_sin, KIND)
+        own_cos, own_sin = angles(
+            K_COS, K_SIN, k_table, PHASE_COS, PHASE_SIN, g * R, -1.0,
+            late, late_live, R, R2, TURN_KEYS,
+        )  # fmt: skip
+        da, db = turn_back(dk1, dk2, own_cos, own_sin, KIND)
         if KIND == POLAR:
             raw = load_tile(K_RAW, late, late_live, r_s, r_d, 0, R, R2, True).to(tl.float32)
             # A hidden key that holds NaN has no gradient, and 0 times NaN is no 0.

@@ -83,8 +83,14 @@ def shape(kernel: Kernel, wide: int, itemsize: int, capability: int, plain: bool
     """
     if itemsize == 4:
         # Float32 products run on the plain units: small tiles, registers are all there is.
-        return Shape(32, 32, 4, 1) if wide <= 256 else Shape(16, 16, 4, 1)
-    table = _HOPPER if capability >= 90 else _AMPERE if plain else _AMPERE_MASKED
+        if wide > 256:
+            return Shape(16, 16, 8, 1)
+        return Shape(16, 32, 4, 1) if kernel == "queries" else Shape(32, 32, 4, 1)
+    if 90 <= capability < 120:
+        table = _HOPPER if capability < 100 else _BLACKWELL
+    else:
+        # What is neither has 99 KB of shared memory, not the 163 KB of sm_80.
+        table = _AMPERE if plain and capability == 80 else _SMALL
     for limit, shapes in table.items():
         if wide <= limit:
             return Shape(*shapes[kernel])
@@ -99,13 +105,19 @@ _HOPPER: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
     384: {"forward": (128, 64, 8, 2), "queries": (64, 64, 8, 2), "keys": (32, 64, 8, 2)},
     512: {"forward": (64, 64, 8, 2), "queries": (64, 32, 8, 2), "keys": (32, 32, 8, 1)},
 }
-_AMPERE: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
-    128: {"forward": (128, 32, 8, 2), "queries": (64, 32, 8, 2), "keys": (16, 64, 8, 2)},
-    192: {"forward": (128, 64, 8, 2), "queries": (32, 64, 8, 2), "keys": (32, 64, 8, 2)},
-    256: {"forward": (64, 32, 8, 2), "queries": (32, 64, 8, 2), "keys": (16, 32, 8, 2)},
-    384: {"forward": (64, 32, 8, 2), "queries": (32, 32, 8, 2), "keys": (16, 64, 8, 2)},
+_BLACKWELL: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
+    128: {"forward": (128, 64, 8, 2), "queries": (128, 64, 8, 2), "keys": (64, 128, 8, 2)},
+    192: {"forward": (128, 64, 8, 2), "queries": (128, 64, 8, 2), "keys": (64, 128, 8, 2)},
+    256: {"forward": (128, 64, 8, 2), "queries": (128, 32, 8, 2), "keys": (64, 128, 8, 2)},
+    384: {"forward": (128, 64, 8, 2), "queries": (64, 32, 8, 2), "keys": (64, 64, 8, 2)},
 }
-_AMPERE_MASKED: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
+_AMPERE: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
+    128: {"forward": (128, 64, 8, 2), "queries": (128, 32, 8, 2), "keys": (32, 64, 8, 2)},
+    192: {"forward": (128, 64, 8, 2), "queries": (64, 32, 8, 2), "keys": (32, 32, 4, 2)},
+    256: {"forward": (128, 32, 8, 2), "queries": (32, 64, 8, 2), "keys": (16, 32, 8, 2)},
+    384: {"forward": (64, 32, 8, 2), "queries": (32, 64, 8, 2), "keys": (16, 32, 8, 2)},
+}
+_SMALL: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
     128: {"forward": (128, 32, 8, 2), "queries": (16, 32, 4, 1), "keys": (16, 64, 8, 2)},
     192: {"forward": (128, 32, 8, 2), "queries": (32, 64, 8, 2), "keys": (32, 32, 4, 2)},
     256: {"forward": (16, 32, 4, 2), "queries": (32, 64, 8, 2), "keys": (16, 32, 8, 2)},
