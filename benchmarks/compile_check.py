@@ -270,6 +270,7 @@ def faults(row: dict[str, Any], case: Case) -> Iterator[str]:
     if not products or case.dtype == torch.float32:
         return
     if not row["tensor cores"]:
+        # A tile too large for tensor memory becomes a stub, without a word.
         yield "has no tensor-core instruction"
     # Few queries fill no more than Ampere's tiles.
     if capability == 90 and row["mma.sync"] and row["kernel"] != "decode" and strict(case):

@@ -28,13 +28,13 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
-def inputs(dtype: torch.dtype) -> list[Tensor]:
-    shapes = ((B, H, T, D), (B, G, T, D), (B, G, T, V))
+def inputs(dtype: torch.dtype, batch: int = B, heads: int = H, shared: int = G) -> list[Tensor]:
+    shapes = ((batch, heads, T, D), (batch, shared, T, D), (batch, shared, T, V))
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-def spec_of(case: str) -> ww.ScoreSpec:
-    return hot(make_spec(case, D, H), 40)
+def spec_of(case: str, heads: int = H) -> ww.ScoreSpec:
+    return hot(make_spec(case, D, heads), 40)
 
 
 def results(
@@ -77,11 +77,14 @@ def worst(x: Tensor) -> float:
 
 
 def check_budget(case: str, backend: str, kind: str, dtype: torch.dtype) -> None:
-    start, spec, call = inputs(dtype), spec_of(case), KINDS[kind](B, T)
-    weights = None
+    # A kernel that is interpreted takes a while for each sequence and head.
+    slow = backend in ("triton", "widened") and not torch.cuda.is_available()
+    batch, heads, shared = (1, 2, 1) if slow else (B, H, G)
+    start, spec = inputs(dtype, batch, heads, shared), spec_of(case, heads)
+    call, weights = KINDS[kind](batch, T), None
     if refusal(case, backend, kind, gradient=True, dtype=dtype) is None:
         # Weights that every dtype holds, so that all are asked the same question.
-        weights = torch.randn(B, H, T, V).to(torch.bfloat16).to(torch.float16).double()
+        weights = torch.randn(batch, heads, T, V).to(torch.bfloat16).to(torch.float16).double()
     exact = results([x.double() for x in start], in_float64(spec), "reference", weights, **call)
     reference = results(start, spec, "reference", weights, **call)
     found = results(start, spec, backend, weights, **call)
@@ -90,6 +93,9 @@ def check_budget(case: str, backend: str, kind: str, dtype: torch.dtype) -> None
     for name, wanted in exact.items():
         for norm in (rms, worst) if name == "out" else (rms,):
             allowed = 2 * norm(reference[name] - wanted) + rounding * norm(wanted)
+            if name != "out":
+                # Of the few keys of a window, gradients nearly cancel; what is rounded does not.
+                allowed += SINGLE * max(norm(x) for x in exact.values())
             assert norm(found[name] - wanted) <= allowed, (name, norm.__name__)
 
 

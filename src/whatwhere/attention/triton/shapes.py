@@ -104,12 +104,13 @@ _HOPPER: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
     256: {"forward": (128, 64, 8, 2), "queries": (128, 64, 8, 2), "keys": (32, 128, 8, 2)},
     384: {"forward": (128, 64, 8, 2), "queries": (64, 64, 8, 2), "keys": (32, 64, 8, 2)},
     512: {"forward": (64, 64, 8, 2), "queries": (64, 32, 8, 2), "keys": (32, 32, 8, 1)},
+    768: {"forward": (64, 32, 8, 2), "queries": (16, 32, 4, 1), "keys": (16, 32, 8, 1)},
 }
 _BLACKWELL: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
     128: {"forward": (128, 64, 8, 2), "queries": (128, 64, 8, 2), "keys": (64, 128, 8, 2)},
     192: {"forward": (128, 64, 8, 2), "queries": (128, 64, 8, 2), "keys": (64, 128, 8, 2)},
-    256: {"forward": (128, 64, 8, 2), "queries": (128, 32, 8, 2), "keys": (64, 128, 8, 2)},
-    384: {"forward": (128, 64, 8, 2), "queries": (64, 32, 8, 2), "keys": (64, 64, 8, 2)},
+    256: {"forward": (128, 64, 8, 2), "queries": (128, 32, 8, 2), "keys": (32, 128, 8, 2)},
+    384: {"forward": (128, 64, 8, 2), "queries": (64, 32, 8, 2), "keys": (32, 64, 8, 2)},
 }
 _AMPERE: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
     128: {"forward": (128, 64, 8, 2), "queries": (128, 32, 8, 2), "keys": (32, 64, 8, 2)},
@@ -123,9 +124,10 @@ _SMALL: dict[int, dict[Kernel, tuple[int, int, int, int]]] = {
     256: {"forward": (16, 32, 4, 2), "queries": (32, 64, 8, 2), "keys": (16, 32, 8, 2)},
     384: {"forward": (16, 32, 4, 2), "queries": (16, 32, 4, 1), "keys": (16, 32, 8, 2)},
 }
+# Heads of 256: the accumulators alone fill the registers, and something spills.
 _WIDEST: dict[Kernel, tuple[int, int, int, int]] = {
-    "forward": (64, 32, 8, 2),
-    "queries": (64, 32, 8, 1),
+    "forward": (16, 32, 4, 2),
+    "queries": (16, 32, 4, 1),
     "keys": (16, 32, 8, 1),
 }
 
