@@ -177,6 +177,8 @@ def compiled(found: Launch, capability: int) -> Any:
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = "i32"
         elif value == 1:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = 1

@@ -18,7 +18,9 @@ from whatwhere.attention.features import compute_dtype, magnitudes
 def _bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    units = bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    # The library that would use them may be told not to (ONEDNN_MAX_CPU_ISA).
+    return units and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,7 +55,8 @@ def key_blocks(
     return begin, whole, whole_end, end
 
 
-@triton.jit
+# Lengths come one by one: none of them shall be a program of its own.
+@triton.jit(do_not_specialize=["T", "S", "ahead", "window", "zero"])
 def forward_kernel(
     Q, K, V, OUT, LSE,
     q_b, q_h, q_t, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
