@@ -80,12 +80,16 @@ tests=$(grep -rl --include='*.py' 'mark\.gpu' tests | sort)
 "$PYTHON" -c "import pydantic, tyro, rich, transformers" 2>/dev/null ||
     tests=$(echo "$tests" | grep -v '^tests/\(lab\|models\)/') # cannot be imported without
 
+parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 8") # kernels are compiled side by side
+[ "$DEVICE" = cpu ] && parallel="-k extreme" # interpreted, all of them take minutes
+
 # The lists above are words on purpose.
 # shellcheck disable=SC2086
 {
     stage versions 60 "$PYTHON" benchmarks/gpu_report.py --versions "$out/versions.txt"
     stage widths 150 "$PYTHON" benchmarks/gpu_widths.py "$out/widths.csv" --device "$DEVICE"
     stage tests 300 "$PYTHON" -m pytest -m gpu -ra -p no:cacheprovider $tests
+    stage kernels 240 "$PYTHON" -m pytest -q -p no:cacheprovider $parallel tests/test_triton.py
     bench attention-64 300 attention --lengths $lengths --head-dim 64 $heads64 --causal \
         --encodings pope --dtype $dtype --rounds $rounds --against peers
     bench attention-128 360 attention --lengths $lengths --head-dim 128 $heads128 --causal \

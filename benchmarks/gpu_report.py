@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 STAGES = (
-    *("versions", "widths", "tests", "attention-64", "attention-128"),
+    *("versions", "widths", "tests", "kernels", "attention-64", "attention-128"),
     *("decode", "step", "calibrate", "odd"),
 )
 MISSING = "not measured"

@@ -21,7 +21,7 @@ from whatwhere.attention.triton.tiles import (
 
 
 # Lengths come one by one: none of them shall be a program of its own.
-@triton.jit(do_not_specialize=["T", "S", "ahead", "window", "zero"])
+@triton.jit(do_not_specialize=["S", "ahead", "window", "zero"])
 def decode_kernel(
     Q, K, V, PART, PART_LSE,
     q_b, q_h, q_t, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
@@ -187,7 +187,7 @@ def decode_kernel(
     tl.store(PART_LSE + at, lse, mask=q_ok)
 
 
-@triton.jit(do_not_specialize=["T", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     PART, PART_LSE, OUT, H, T, W, splits,
     GROUPS: tl.constexpr, V2: tl.constexpr, SPLITS: tl.constexpr,
