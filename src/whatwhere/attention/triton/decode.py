@@ -20,8 +20,9 @@ from whatwhere.attention.triton.tiles import (
 )
 
 
-# Lengths come one by one: none of them shall be a program of its own.
-@triton.jit(do_not_specialize=["S", "ahead", "window", "zero"])
+# Triton makes a program for sizes of 1, one for multiples of 16 and one for the rest: of lengths
+# that comes to a few. What is a difference of lengths need not double them.
+@triton.jit(do_not_specialize=["ahead", "window"])
 def decode_kernel(
     Q, K, V, PART, PART_LSE,
     q_b, q_h, q_t, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,

@@ -54,7 +54,7 @@ def turns_at(AT, base, rows, ok, FREQ, channels, R, AXES: tl.constexpr, IN_ORDER
     return turns
 
 
-@triton.jit(do_not_specialize=["count", "first"])
+@triton.jit(do_not_specialize=["first"])
 def table_kernel(
     AT, FREQ, COS, SIN, count, first, R,
     AXES: tl.constexpr, IN_ORDER: tl.constexpr, R2: tl.constexpr, BN: tl.constexpr,
@@ -70,7 +70,7 @@ def table_kernel(
     store_tile(SIN + n0 * R, sin, columns, ok, R, 0, R, R2)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def magnitude_kernel(
     X, OUT, x_b, x_h, x_t, x_d, H, T, D, magnitudes,
     MAGNITUDE: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr,
@@ -89,7 +89,7 @@ def magnitude_kernel(
     store_tile(OUT + (b * T + m0) * H * D + h * D, x, rows, ok, H * D, 0, D, D2)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def widen_kernel(
     X, OUT, x_b, x_h, x_t, x_d, COS, SIN, table_b, PHASE_COS, PHASE_SIN, GAIN, gain_b,
     H, T, R, P, magnitudes,
@@ -134,7 +134,7 @@ def widen_kernel(
         store_tile(OUT, rest * gain[:, None], rows, ok, H * F, 2 * R, P, P2)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def narrow_kernel(
     X, GRAD, DX, D_PHASE, x_b, x_h, x_t, x_d, g_b, g_h, g_t, g_d,
     COS, SIN, table_b, PHASE_COS, PHASE_SIN, GAIN, gain_b,

@@ -9,80 +9,46 @@ from torch import Tensor
 
 from whatwhere.attention.triton.problem import Problem, Score, by_length
 
-_ARGUMENTS = 16  # of a `Score`, which operators take one by one
+# The fields of a `Score`, which operators take one by one.
+_TURNS = "str feature, str magnitude, int magnitudes, Tensor? inv_freq, Tensor? phase"
+_SCORE = (
+    f"{_TURNS}, Tensor? slopes, float scale, int temperature_length, Tensor? query_positions, "
+    "Tensor? key_positions, Tensor? key_mask, Tensor? query_segments, Tensor? key_segments, "
+    "bool causal, int window, bool tf32"
+)
+_FIELDS = 16
+_PHASE, _SLOPES = 4, 5  # where in a score
 
 
-@torch.library.custom_op("whatwhere::flash_forward", mutates_args=())
-def flash_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    feature: str,
-    magnitude: str,
-    magnitudes: int,
-    inv_freq: Tensor | None,
-    phase: Tensor | None,
-    slopes: Tensor | None,
-    scale: float,
-    temperature_length: int,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    key_mask: Tensor | None,
-    query_segments: Tensor | None,
-    key_segments: Tensor | None,
-    causal: bool,
-    window: int,
-    tf32: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attention of ``(B, H, T, D)`` queries; the rest is a `Score`, field by field.
+@torch.library.custom_op(
+    "whatwhere::flash_forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_SCORE}) -> (Tensor, Tensor)",
+)
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, *score: Any) -> tuple[Tensor, Tensor]:
+    """Attention of ``(B, H, T, D)`` queries; ``score`` is a `Score`, field by field.
 
     Returns:
         ``(B, H, T, V)`` and the base-2 log-sum-exp ``(B, H, T)``, which the backward pass keeps.
     """
     from whatwhere.attention.triton import launch
 
-    score = Score(
-        feature, magnitude, magnitudes, inv_freq, phase, slopes, scale, temperature_length,
-        query_positions, key_positions, key_mask, query_segments, key_segments, causal, window,
-        tf32,
-    )  # fmt: skip
-    return launch.run_forward(Problem(q, k, v.shape[-1], k.shape[2], score), q, k, v)
+    return launch.run_forward(Problem(q, k, v.shape[-1], k.shape[2], Score(*score)), q, k, v)
 
 
-@torch.library.custom_op("whatwhere::flash_backward", mutates_args=())
+@torch.library.custom_op(
+    "whatwhere::flash_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, {_SCORE}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def flash_backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    feature: str,
-    magnitude: str,
-    magnitudes: int,
-    inv_freq: Tensor | None,
-    phase: Tensor | None,
-    slopes: Tensor | None,
-    scale: float,
-    temperature_length: int,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    key_mask: Tensor | None,
-    query_segments: Tensor | None,
-    key_segments: Tensor | None,
-    causal: bool,
-    window: int,
-    tf32: bool,
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *score: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, phase and slopes; empty for the last two where there are none."""
     from whatwhere.attention.triton import launch
 
-    score = Score(
-        feature, magnitude, magnitudes, inv_freq, phase, slopes, scale, temperature_length,
-        query_positions, key_positions, key_mask, query_segments, key_segments, causal, window,
-        tf32,
-    )  # fmt: skip
-    problem = Problem(q, k, v.shape[-1], k.shape[2], score)
+    problem = Problem(q, k, v.shape[-1], k.shape[2], Score(*score))
     found = launch.run_backward(problem, grad, q, k, v, out, lse)
     return (
         found.q,
@@ -93,109 +59,62 @@ def flash_backward(
     )
 
 
-@torch.library.custom_op("whatwhere::flash_decode", mutates_args=())
-def flash_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    feature: str,
-    magnitude: str,
-    magnitudes: int,
-    inv_freq: Tensor | None,
-    phase: Tensor | None,
-    slopes: Tensor | None,
-    scale: float,
-    temperature_length: int,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    key_mask: Tensor | None,
-    query_segments: Tensor | None,
-    key_segments: Tensor | None,
-    causal: bool,
-    window: int,
-    tf32: bool,
-    pages: Tensor | None,
-    lengths: Tensor | None,
-) -> Tensor:
+@torch.library.custom_op(
+    "whatwhere::flash_decode",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_SCORE}, Tensor? pages, Tensor? lengths) -> Tensor",
+)
+def flash_decode(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> Tensor:
     """Few queries against many keys, without gradients.
 
     Args:
         q: ``(B, H, T, D)``.
-        k: ``(B, G, S, D)``, or ``(pages, G, size, D)`` with ``pages``.
+        k: ``(B, G, S, D)``, or ``(pages, G, size, D)`` with pages.
         v: Alike.
-        pages: ``(B, n)`` int32, pages of each sequence in order.
-        lengths: ``(B,)`` int32, with ``pages``.
-
-    The others are the fields of a `Score`.
+        *given: The fields of a `Score`; pages of each sequence in order, ``(B, n)`` int32, and
+            their lengths, ``(B,)`` int32, or ``None`` twice.
     """
     from whatwhere.attention.triton import launch
 
-    score = Score(
-        feature, magnitude, magnitudes, inv_freq, phase, slopes, scale, temperature_length,
-        query_positions, key_positions, key_mask, query_segments, key_segments, causal, window,
-        tf32,
-    )  # fmt: skip
+    *score, pages, lengths = given
     if pages is None or lengths is None:
-        problem = Problem(q, k, v.shape[-1], k.shape[2], score)
+        problem = Problem(q, k, v.shape[-1], k.shape[2], Score(*score))
         return launch.run_decode(problem, q, k, v)
     size = k.shape[2]
-    problem = Problem(q, k, v.shape[-1], pages.shape[1] * size, score)
+    problem = Problem(q, k, v.shape[-1], pages.shape[1] * size, Score(*score))
     return launch.run_decode(problem, q, k, v, launch.Pages(pages, lengths, size))
 
 
-@torch.library.custom_op("whatwhere::widen", mutates_args=())
-def widen(
-    x: Tensor,
-    feature: str,
-    magnitude: str,
-    magnitudes: int,
-    inv_freq: Tensor | None,
-    phase: Tensor | None,
-    temperature_length: int,
-    positions: Tensor | None,
-    first: int,
-) -> Tensor:
+_PREPASS = f"{_TURNS}, int temperature_length, Tensor? positions, int first"
+
+
+@torch.library.custom_op(
+    "whatwhere::widen", mutates_args=(), schema=f"(Tensor x, {_PREPASS}) -> Tensor"
+)
+def widen(x: Tensor, *given: Any) -> Tensor:
     """Features of ``(B, heads, T, D)`` queries or keys, ``R`` wider for magnitudes that turn.
 
     Args:
         x: Queries or keys.
-        feature: This and the next four as in `Score`; no phase and no temperature for keys.
-        magnitude: See above.
-        magnitudes: See above.
-        inv_freq: See above.
-        phase: See above.
-        temperature_length: See above.
-        positions: ``(B or 1, T, A)``, or ``None`` for ``first`` and what follows.
-        first: Position of the first row.
+        *given: The first five fields of a `Score` and its ``temperature_length`` (no phase and no
+            temperature for keys); positions ``(B or 1, T, A)``, or ``None`` for the next one,
+            the position of the first row, and what follows.
     """
     from whatwhere.attention.triton import launch
 
-    return launch.run_widen(
-        x, *_prepass(x, feature, magnitude, magnitudes, inv_freq, phase, temperature_length,
-                     positions, first)
-    )  # fmt: skip
+    return launch.run_widen(x, _prepass(x, *given))
 
 
-@torch.library.custom_op("whatwhere::narrow", mutates_args=())
-def narrow(
-    grad: Tensor,
-    x: Tensor,
-    feature: str,
-    magnitude: str,
-    magnitudes: int,
-    inv_freq: Tensor | None,
-    phase: Tensor | None,
-    temperature_length: int,
-    positions: Tensor | None,
-    first: int,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "whatwhere::narrow",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, {_PREPASS}) -> (Tensor, Tensor)",
+)
+def narrow(grad: Tensor, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     """Gradients of `widen` for its tensor and for the phase (empty where there is none)."""
     from whatwhere.attention.triton import launch
 
-    dx, d_phase = launch.run_narrow(
-        grad, x, *_prepass(x, feature, magnitude, magnitudes, inv_freq, phase, temperature_length,
-                           positions, first)
-    )  # fmt: skip
+    dx, d_phase = launch.run_narrow(grad, x, _prepass(x, *given))
     return dx, x.new_empty(0) if d_phase is None else d_phase
 
 
@@ -209,13 +128,13 @@ def _prepass(
     temperature_length: int,
     positions: Tensor | None,
     first: int,
-) -> tuple[Problem]:
+) -> Problem:
     """The problem of which ``x`` is the queries: what turns them is all that is asked of it."""
     score = Score(
         feature, magnitude, magnitudes, inv_freq, phase, None, 1.0, temperature_length,
         positions, positions, None, None, None, False, 0, False,
     )  # fmt: skip
-    return (Problem(x, x, x.shape[-1], first + x.shape[2], score),)
+    return Problem(x, x, x.shape[-1], first + x.shape[2], score)
 
 
 @widen.register_fake
@@ -227,7 +146,7 @@ def _(
 
 @narrow.register_fake
 def _(grad: Tensor, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    phase = given[4]
+    phase = given[_PHASE]
     return by_length(x, x.shape[-1]), x.new_empty(0) if phase is None else torch.empty_like(phase)
 
 
@@ -240,7 +159,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *score: Any) -> tuple[Tensor, Tensor]:
 def _(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *score: Any
 ) -> tuple[Tensor, ...]:
-    phase, slopes = score[4], score[5]
+    phase, slopes = score[_PHASE], score[_SLOPES]
     return (
         by_length(q, q.shape[-1]),
         by_length(k, k.shape[-1]),
@@ -268,9 +187,9 @@ def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     for i, x in zip(ctx.tensors, tensors, strict=True):
         score[i] = x
     dq, dk, dv, d_phase, d_slopes = flash_backward(grad, out, lse, q, k, v, *score)
-    found: list[Any] = [None] * _ARGUMENTS
-    found[4] = None if score[4] is None else d_phase
-    found[5] = None if score[5] is None else d_slopes
+    found: list[Any] = [None] * _FIELDS
+    found[_PHASE] = None if score[_PHASE] is None else d_phase
+    found[_SLOPES] = None if score[_SLOPES] is None else d_slopes
     return dq, dk, dv, *found
 
 
@@ -288,7 +207,7 @@ def _narrow(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         given[i] = value
     dx, d_phase = narrow(grad, x, *given)
     found: list[Any] = [None] * len(given)
-    found[4] = None if given[4] is None else d_phase
+    found[_PHASE] = None if given[_PHASE] is None else d_phase
     return dx, *found
 
 
