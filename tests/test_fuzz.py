@@ -168,3 +168,108 @@ def test_any_small_call_is_within_rounding_of_float64(backend: str) -> None:
         check(case, backend)
 
     run()
+
+
+@fuzz(150)
+@given(case=cases(tuple(DTYPES)))
+def test_auto_is_the_backend_that_explain_names(case: Case) -> None:
+    try:
+        made = make(case)
+    except ValueError:
+        reject()
+    q, k, v = made.shown()
+    told = ww.explain(q, k, v, made.spec, **made.call)
+    assert "\n" not in told.reason
+    out, named = (
+        ww.attention(q, k, v, made.spec, backend=name, **made.call)
+        for name in ("auto", told.backend)
+    )
+    assert torch.equal(out, named)
+    for backend in BACKENDS:
+        why = refused(made, (), backend)
+        assert (why is not None) == (backend in told.refused)
+        assert why is None or told.refused[backend] in why
+
+
+@st.composite
+def caches(draw: st.DrawFn) -> dict[str, Any]:
+    """A paged cache: pages in any order, lengths from nothing to full, odd sizes."""
+    batch, page, count = draw(st.integers(0, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    return {
+        "page": page,
+        "count": count,
+        "lengths": [draw(st.integers(0, page * count)) for _ in range(batch)],
+        "beyond": draw(st.sampled_from([0, -1, 10**6])),
+        "index": draw(st.sampled_from([torch.int32, torch.int64])),
+        "case": Case(
+            seed=draw(st.integers(0, 2**31)),
+            name=draw(st.sampled_from(list(ww.ENCODINGS))),
+            given=draw(st.sampled_from([(), (("temperature_length", 3),)])),
+            slopes=draw(st.booleans()),
+            batch=batch,
+            shared=draw(st.integers(1, 2)),
+            groups=draw(st.integers(1, 3)),
+            length=draw(st.sampled_from([1, 1, 2, 5])),
+            total=page * count,
+            dim=2 * draw(st.integers(1, 9)),
+            width=draw(st.integers(1, 9)),
+            layouts=(draw(st.sampled_from(["plain", "lengths first"])), "plain", "plain"),
+            window=draw(st.sampled_from([None, 1, 5])),
+            given_at="q",
+            causal=True,
+        ),
+    }
+
+
+def check_pages(cache: dict[str, Any], backend: str, dtype: str) -> None:
+    case = replace(cache["case"], dtype=dtype)
+    try:
+        made = make(case)
+    except ValueError:
+        reject()
+    q, k, v = made.shown()
+    batch, page, count = case.batch, cache["page"], cache["count"]
+    generator = torch.Generator().manual_seed(case.seed)
+    lengths = torch.tensor(cache["lengths"], dtype=torch.int64)
+    there = torch.arange(case.total) < lengths[:, None]
+    # Pages are shuffled among more of them; what is not written is NaN.
+    at = torch.randperm(batch * count + 2, generator=generator)[: batch * count]
+    pages = []
+    for x in (k, v):
+        held = torch.full((batch * count + 2, case.shared, page, x.shape[3]), NAN, dtype=x.dtype)
+        shown = x.masked_fill(~there[:, None, :, None], NAN)
+        held[at] = shown.unflatten(2, (count, page)).transpose(1, 2).flatten(0, 1)
+        pages.append(held)
+    used = torch.arange(count) * page < lengths[:, None]
+    table = at.view(batch, count).masked_fill(~used, cache["beyond"]).to(cache["index"])
+    try:
+        found = ww.paged_attention(
+            q, *pages, made.spec, block_table=table, lengths=lengths.to(cache["index"]),
+            window=case.window, backend=backend,
+        )  # fmt: skip
+    except ww.UnsupportedError as error:
+        assert "empty" in str(error)
+        assert batch == 0
+        return
+    call = {
+        "causal": True,
+        "query_positions": lengths[:, None] - case.length + torch.arange(case.length),
+        "key_positions": torch.arange(case.total),
+        "key_mask": there,
+        "window": case.window,
+    }
+    wide = [x.double() for x in (q, k, v)]
+    exact = ww.attention(*wide, widest(made.spec), backend="reference", **call)
+    off = (found.double() - exact).abs()
+    assert (off <= bounds(*wide, made.spec, call, DTYPES[dtype], None).out).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", *TAKEN])
+def test_pages_are_the_cache_they_hold(backend: str) -> None:
+    dtypes = TAKEN.get(backend, tuple(DTYPES))
+    @fuzz({"flex": 30}.get(backend, 40 if backend in SLOW else 150))
+    @given(cache=caches(), dtype=st.sampled_from(dtypes))
+    def run(cache: dict[str, Any], dtype: str) -> None:
+        check_pages(cache, backend, dtype)
+
+    run()
