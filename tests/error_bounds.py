@@ -117,8 +117,12 @@ def _bounds(call: Call, dtype: torch.dtype, flow: Tensor | None) -> Bounds:
     to_k = through(off_slope.mT, slope.mT, of_q).unflatten(1, (-1, groups)).sum(2)
     to_v = change.mT @ flow.abs() + weights.mT @ flow.abs() * (2 * once + many * single)
     steps = ((off_slope + slope * length * many * single) * ahead.abs()).sum((0, 2, 3))
-    whole = slope @ of_k * 2 * spec.scale * (length * many * single + 2 * once)
-    phase = ((to_q + whole).amax(-1) * of_q.amax(-1) * 2).sum((0, 2)) if width else steps
+    phase = to_q.new_zeros(0)
+    if spec.phase is not None:
+        turning = spec.num_turning
+        added = slope @ of_k * spec.scale * (length * call.q.shape[0] * single + 2 * once)
+        (a, b), (c, d) = (x[..., : 2 * turning].chunk(2, -1) for x in (to_q + added, of_q))
+        phase = (a * d + b * c).sum((0, 2))
     return Bounds(
         out=out,
         q=_top(to_q) * gain + least,

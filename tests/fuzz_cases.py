@@ -51,6 +51,7 @@ class Case:
         causal: As for `whatwhere.attention`.
         window: Likewise.
         hidden: Kind of key mask (`hide`).
+        poison: Whether keys that are masked, or come after every query, are NaN.
         documents: Kind of segments (`document`).
         given_at: Which positions are given: ``""``, ``"q"``, ``"k"`` or ``"qk"``.
         places: Kind of positions (`place`).
@@ -80,6 +81,7 @@ class Case:
     causal: bool = False
     window: int | None = None
     hidden: str = ""
+    poison: bool = False
     documents: str = ""
     given_at: str = ""
     places: str = "run"
@@ -269,12 +271,29 @@ def make(case: Case) -> Made:
     if case.form != "raw":
         spec, numbers[:2] = _another_form(case.form, numbers[:2], spec, call)
         shapes = (*(tuple(x.shape) for x in numbers[:2]), shapes[2])  # type: ignore[assignment]
+    if case.poison:
+        never = _never_seen(case, call)[:, None, :, None]
+        for i in (1, 2):
+            if not case.layouts[i].startswith("one"):
+                numbers[i] = numbers[i].masked_fill(never, NAN)
     laid = [LAYOUTS[kind] for kind in case.layouts]
     held = [lay(x.to(dtype)) for (lay, _), x in zip(laid, numbers, strict=True)]
     flow = torch.from_numpy(rng.standard_normal((case.batch, heads, case.length, case.width)))
     lay, see = LAYOUTS[case.flow]
     flow = see(lay(flow.to(dtype)), tuple(flow.shape))
     return Made(tuple(held), tuple(see for _, see in laid), shapes, spec, call, flow)  # type: ignore[arg-type]
+
+
+def _never_seen(case: Case, call: dict[str, Any]) -> Tensor:
+    """Keys that are masked, or lie in a cache beyond what is written: ``(B, S)``."""
+    never = torch.zeros(case.batch, case.total, dtype=torch.bool)
+    if "key_mask" in call:
+        never |= ~call["key_mask"]
+    if case.causal and case.length:
+        default = torch.arange(case.total)
+        at_q = call.get("query_positions", default[case.total - case.length :])
+        never |= call.get("key_positions", default) > at_q.amax(-1, keepdim=True)
+    return never
 
 
 def _another_form(
@@ -371,6 +390,7 @@ def cases(
         hidden=draw(
             st.sampled_from(["", "", "", "half", "few", "none", "one", "padding", "blind"])
         ),
+        poison=draw(st.booleans()),
         documents=(
             draw(st.sampled_from(["", "", "", "sorted", "unsorted", "negative"]))
             if length <= total
