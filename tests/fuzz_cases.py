@@ -91,9 +91,6 @@ class Case:
     flow: str = "plain"
 
 
-# Layouts: the numbers as they lie in memory, and how to see them as (B, heads, length, channels).
-
-
 def _among(x: Tensor, *places: slice) -> Tensor:
     """A larger tensor of NaN that holds ``x`` at ``places``."""
     sizes = [n if at.step is None and at.start is None else 2 * n + 3 for n, at in
@@ -105,9 +102,7 @@ def _among(x: Tensor, *places: slice) -> Tensor:
 
 def _cut(places: tuple[slice, ...], x: Tensor) -> list[slice]:
     return [
-        at
-        if at.start is None
-        else slice(at.start, at.start + n * (at.step or 1), at.step or 1)
+        at if at.start is None else slice(at.start, at.start + n * (at.step or 1), at.step or 1)
         for n, at in zip(x.shape, places, strict=True)
     ]
 
@@ -120,6 +115,7 @@ def _sliced(*places: slice) -> tuple[Callable[[Tensor], Tensor], Callable[..., T
 
 
 ALL, ODD, INNER = slice(None), slice(1, None, 2), slice(2, None)
+# The numbers as they lie in memory, and how to see them as (B, heads, length, channels).
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
     "plain": (lambda x: x.clone(), lambda held, shape: held.view_as(held)),
     "lengths first": (
@@ -189,9 +185,9 @@ class Made:
         held: q, k, v as they lie in memory.
         show: From there to ``(B, heads, length, channels)``.
         shapes: What they are shown as.
-        spec: The score; nothing needs a gradient.
+        spec: The score.
         call: Keyword arguments of `whatwhere.attention`.
-        flow: The gradient that comes in, ``(B, H, T, V)``.
+        flow: The gradient that comes in.
     """
 
     held: tuple[Tensor, Tensor, Tensor]
@@ -243,7 +239,7 @@ def spec_of(case: Case, rng: np.random.Generator) -> ww.ScoreSpec:
 
 
 def make(case: Case) -> Made:
-    """The tensors of a case. Raises ValueError where options contradict one another."""
+    """The tensors of a case; ValueError where options contradict one another."""
     rng = np.random.default_rng(case.seed)
     spec, dtype = spec_of(case, rng), DTYPES[case.dtype]
     heads, dim = case.shared * case.groups, case.dim + case.extra
@@ -323,16 +319,18 @@ POOLS: dict[str, tuple[Any, ...]] = {
     "scale": (0.3, 1.0),
     "factor": (1.0, 8.0),
 }
+HIDDEN = ["", "", "", "half", "few", "none", "one", "padding", "blind"]
+DOCUMENTS = ["", "", "", "sorted", "unsorted", "negative"]
+PLACES = ["run", "shuffled", "gaps", "duplicates", "negative", "huge"]
 NAMES = [*ww.ENCODINGS, "pope", "pope", "pope-id", "rope"]
 
 
 @st.composite
-def cases(
-    draw: st.DrawFn, dtypes: tuple[str, ...], most: int = 80, heads: int = 15
-) -> Case:
+def cases(draw: st.DrawFn, dtypes: tuple[str, ...], most: int = 80, heads: int = 15) -> Case:
     """Any call.
 
     Args:
+        draw: Given by hypothesis.
         dtypes: To choose from.
         most: Longest length.
         heads: Most heads of a batch.
@@ -387,19 +385,11 @@ def cases(
         layouts=draw(st.tuples(layout, layout, layout)),
         causal=causal,
         window=draw(st.none() | st.sampled_from([1, 2, 3, 7, 20, 2**40])) if causal else None,
-        hidden=draw(
-            st.sampled_from(["", "", "", "half", "few", "none", "one", "padding", "blind"])
-        ),
+        hidden=draw(st.sampled_from(HIDDEN)),
         poison=draw(st.booleans()),
-        documents=(
-            draw(st.sampled_from(["", "", "", "sorted", "unsorted", "negative"]))
-            if length <= total
-            else ""
-        ),
+        documents=draw(st.sampled_from(DOCUMENTS)) if length <= total else "",
         given_at=given_at,
-        places=draw(
-            st.sampled_from(["run", "shuffled", "gaps", "duplicates", "negative", "huge"])
-        ),
+        places=draw(st.sampled_from(PLACES)),
         by_batch=draw(st.booleans()),
         index=draw(st.sampled_from(["int64", "int64", "int32"])),
         wanted=wanted,

@@ -32,7 +32,12 @@ def backends(gradient: bool = False, dtype: torch.dtype = torch.float32) -> pyte
 
 
 def qkv(
-    heads: int = H, shared: int = H, length: int = 9, total: int = 9, width: int = D, batch: int = 2
+    heads: int = H,
+    shared: int = H,
+    length: int = 9,
+    total: int = 9,
+    width: int = D,
+    batch: int = 2,
 ) -> list[Tensor]:
     shapes = ((batch, heads, length, D), (batch, shared, total, D), (batch, shared, total, width))
     return [torch.randn(shape) for shape in shapes]

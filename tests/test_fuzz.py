@@ -19,7 +19,7 @@ from torch import Tensor
 import whatwhere as ww
 from encoding_cases import BACKENDS, refusal
 from error_bounds import bounds, widest
-from fuzz_cases import DTYPES, LEARNED, NAN, Case, Made, cases, make
+from fuzz_cases import DTYPES, NAN, Case, Made, cases, make
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -276,6 +276,7 @@ def check_pages(cache: dict[str, Any], backend: str, dtype: str) -> None:
 @pytest.mark.parametrize("backend", ["auto", *TAKEN])
 def test_pages_are_the_cache_they_hold(backend: str) -> None:
     dtypes = TAKEN.get(backend, tuple(DTYPES))
+
     @fuzz({"flex": 30}.get(backend, 40 if backend in SLOW else 150))
     @given(cache=caches(), dtype=st.sampled_from(dtypes))
     def run(cache: dict[str, Any], dtype: str) -> None:

@@ -129,6 +129,10 @@ class ScoreSpec:
                 )
         if self.slopes is not None and self.slopes.ndim != 1:
             raise ValueError(f"slopes has shape {tuple(self.slopes.shape)}: expected (H,)")
+        if self.slopes is not None and self.num_axes != 1:
+            raise ValueError(
+                f"slopes needs positions of one axis, but inv_freq has {self.num_axes}"
+            )
 
     @property
     def num_axes(self) -> int:
