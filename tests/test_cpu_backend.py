@@ -125,33 +125,6 @@ def test_what_no_row_sees_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen_by_blocks(monkeypatch, key_mask=padded) <= 0.16 * size**2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])
-@pytest.mark.parametrize("case", SCORES)
-def test_what_nobody_sees_may_be_nan(case: str, backend: str, dtype: torch.dtype) -> None:
-    """Masked keys, slots of a static cache beyond every query, the padding of a sequence."""
-    spec = make_spec(case, 16, 4)
-    total = 90
-    for length, poison in product((1, 20, 80), (float("nan"), float("inf"))):
-        q, k, v = tensors((2, 4, length, 16), (2, 2, total, 16), (2, 2, total, 16), dtype=dtype)
-        filled = 85
-        call = {
-            "causal": True,
-            "query_positions": torch.arange(filled - length, filled),
-            "key_positions": torch.arange(total),
-            "key_mask": torch.arange(total) >= torch.tensor([[3], [0]]),
-        }
-        dead = ~call["key_mask"] | (torch.arange(total) >= filled)  # type: ignore[operator]
-        clean = results(q, k, v, spec, backend=backend, **call)
-        k, v = (x.masked_fill(dead[:, None, :, None], poison) for x in (k, v))
-        bad = results(q, k, v, spec, backend=backend, **call)
-        for got, right in zip(bad, clean, strict=True):
-            torch.testing.assert_close(got, right)
-        with torch.no_grad():
-            out = ww.attention(q, k, v, spec, backend=backend, **call)
-        torch.testing.assert_close(out, clean[0], rtol=2e-2, atol=2e-2)
-
-
 @pytest.mark.parametrize("length", [1, 40])
 def test_keys_before_every_window_may_be_nan(length: int) -> None:
     q, k, v = tensors((1, 2, length, 16), (1, 2, 90, 16), (1, 2, 90, 16))
@@ -161,27 +134,6 @@ def test_keys_before_every_window_may_be_nan(length: int) -> None:
     for x in (k, v):
         x[:, :, : 90 - length - 7] = float("nan")
     same(results(q, k, v, spec, **call), clean)
-
-
-@pytest.mark.parametrize("case", ["pope", "rope", "alibi"])
-def test_extreme_inputs(case: str) -> None:
-    spec = make_spec(case, 16, 2)
-    for fill in (1e4, -1e4, 0.0):
-        q, k, v = (torch.full((1, 2, 40, 16), fill) for _ in range(3))
-        for got in results(q, k, v, spec, causal=True, backend="cpu"):
-            assert got.isfinite().all()
-
-
-def test_small_magnitudes_keep_their_precision() -> None:
-    """softplus(-70) is 4e-31: a gradient for keys says whether it was rounded to 0."""
-    spec = make_spec("pope", 16, 2)
-    q, k, v = tensors((1, 2, 40, 16), (1, 2, 40, 16), (1, 2, 40, 16), dtype=torch.float32)
-    k = k - 70
-    got = results(q, k, v, spec, causal=True, backend="cpu")
-    exact = results(q.double(), k.double(), v.double(), spec, causal=True, backend="reference")
-    assert exact[2].abs().max() < 1e-28
-    error = (got[2].double() - exact[2]).square().mean().sqrt() / exact[2].square().mean().sqrt()
-    assert error < 1e-4
 
 
 def test_nothing_wider_than_keys_is_kept_for_backward() -> None:

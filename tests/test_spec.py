@@ -35,6 +35,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "phase shape": (POLAR | {"phase": torch.zeros(3)}, "phase"),
     "slopes shape": (IDENTITY | {"slopes": torch.zeros(2, 1)}, "slopes"),
     "temperature 0": (ROTATE | {"temperature_length": 0}, "temperature_length"),
+    "slopes of two axes": (
+        ROTATE | {"inv_freq": FREQUENCIES.expand(2, 3), "slopes": torch.ones(2)},
+        "slopes",
+    ),
     "temperature of two axes": (
         ROTATE | {"inv_freq": FREQUENCIES.expand(2, 3), "temperature_length": 9},
         "temperature_length",

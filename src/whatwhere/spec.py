@@ -48,7 +48,7 @@ class ScoreSpec:
         phase: ``(H, R)`` radians, one row per *query* head, or ``None``; with ``turning``, for
             the channels that turn alone. Taken from the query's angle, so that key features hold
             nothing learned.
-        slopes: ``(H,)`` or ``None`` (ALiBi). 0 leaves a head without it.
+        slopes: ``(H,)`` or ``None`` (ALiBi). 0 leaves a head without it. Positions have one axis.
         temperature_length: Length beyond which queries are sharpened, or ``None``.
         turning: How many of the R channels have a frequency other than 0, if those come first
             and the number is known; ``None`` says nothing. A promise of the encoding that lets
@@ -129,6 +129,10 @@ class ScoreSpec:
                 )
         if self.slopes is not None and self.slopes.ndim != 1:
             raise ValueError(f"slopes has shape {tuple(self.slopes.shape)}: expected (H,)")
+        if self.slopes is not None and self.num_axes != 1:
+            raise ValueError(
+                f"slopes needs positions of one axis, but inv_freq has {self.num_axes}"
+            )
 
     @property
     def num_axes(self) -> int:

@@ -77,7 +77,7 @@ def attention(
         q, k, v, spec, causal, query_positions, key_positions, key_mask, segments, window
     )
     name = _choose(call, backend)[0]
-    if k.shape[2] == 0:
+    if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         return _nothing_seen(call)
     with _dtypes_as_given(q.device):
         return BACKENDS[name].run(call)
@@ -228,9 +228,13 @@ def grid(*sizes: int, device: torch.device | str | None = None) -> Tensor:
 
 
 def _nothing_seen(call: Call) -> Tensor:
-    """Zeros for calls without keys, through which gradients (all zero) still pass."""
+    """Zeros for calls without sequences, queries or keys; gradients (all zero) still pass."""
     zeros = torch.where(torch.zeros((), dtype=torch.bool, device=call.q.device), call.q, 0.0)
-    return zeros[..., :1].expand(*call.q.shape[:3], call.v.shape[-1]) + call.k.sum() + call.v.sum()
+    out = zeros[..., :1].expand(*call.q.shape[:3], call.v.shape[-1]) + call.k.sum() + call.v.sum()
+    for learned in (call.spec.phase, call.spec.slopes):
+        if learned is not None:
+            out = out + learned[:0].sum().to(out)
+    return out
 
 
 def _dtypes_as_given(device: torch.device) -> AbstractContextManager[Any]:

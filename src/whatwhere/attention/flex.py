@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from whatwhere.attention.call import Backend, Call
 from whatwhere.attention.features import compute_dtype, encode_keys, encode_queries
+from whatwhere.attention.masks import unseen
 
 # Below this many scores a CPU call is over before a compiler would have started.
 _FUSE_ON_CPU = 2**26
@@ -42,6 +44,10 @@ def refuses(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Encode, then FlexAttention with a block mask."""
+    hidden = unseen(call)
+    if hidden is not None:  # a weight of 0 does not hide a NaN
+        k, v = (x.masked_fill(hidden[:, None, :, None], 0.0) for x in (call.k, call.v))
+        call = replace(call, k=k, v=v)
     queries = encode_queries(call.q, call.spec, call.query_positions)
     keys = encode_keys(call.k, call.spec, call.key_positions)
     attend, make_mask = _operators(_fused(call), call.q.device.type)

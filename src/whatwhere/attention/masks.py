@@ -36,6 +36,29 @@ def without_unseen(call: Call, seen: Tensor) -> tuple[Tensor, Tensor]:
     return call.k.masked_fill(hidden, 0.0), call.v.masked_fill(hidden, 0.0)
 
 
+def unseen(call: Call) -> Tensor | None:
+    """``(B or 1, S)``, keys hidden from every query by the mask, their document or their position.
+
+    Without a ``T x S`` mask; ``None`` if there is no such reason. Needs at least one query.
+    """
+    reasons = [] if call.key_mask is None else [~call.key_mask]
+    at_queries, at_keys = call.query_positions[..., 0], call.key_positions[..., 0]
+    fewer = call.q.shape[2] < call.k.shape[2]
+    if call.causal and not call.in_order:
+        reasons.append(at_keys > at_queries.amax(dim=1, keepdim=True))
+    if call.window is not None and (fewer or not call.in_order):
+        reasons.append(at_keys <= at_queries.amin(dim=1, keepdim=True) - call.window)
+    if call.query_segments is not None and call.key_segments is not None and fewer:
+        asked = call.query_segments.sort(dim=1).values
+        keys = call.key_segments.contiguous()
+        nearest = torch.searchsorted(asked, keys).clamp(max=asked.shape[1] - 1)
+        reasons.append(asked.gather(1, nearest) != keys)
+    hidden: Tensor | None = None
+    for reason in reasons:
+        hidden = reason if hidden is None else hidden | reason
+    return hidden
+
+
 def slope_bias(call: Call, dtype: torch.dtype) -> Tensor:
     """``-slopes * (t - s)``: ``(B or 1, H, T, S)``; needs ``spec.slopes``."""
     assert call.spec.slopes is not None

@@ -93,7 +93,8 @@ def _check(
     if spec.num_axes != 1:
         raise ValueError(f"spec has {spec.num_axes} position axes: pages hold text, of one axis")
     # Pages stand for batches here: everything else has to fit as it does side by side.
-    check_tensors(q[:1].expand(key_pages.shape[0], *q.shape[1:]), key_pages, value_pages)
+    one = q.new_empty(()).expand(key_pages.shape[0], *q.shape[1:])
+    check_tensors(one, key_pages, value_pages)
     batch = q.shape[0]
     for name, given, shape in (
         ("block_table", block_table, (batch, "n")),

@@ -134,10 +134,10 @@ class Problem:
 
     @cached_property
     def phase_tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """cos and sin of the phase, ``(H, R)`` float32."""
+        """cos and sin of the phase, ``(H, R)`` float32, whatever dtype the phase is kept in."""
         if self.score.phase is None or self.kind != KINDS["polar"]:
             return None, None
-        phase = self.score.phase.detach().to(self.device)
+        phase = self.score.phase.detach().to(self.device).double()
         return phase.cos().float().contiguous(), phase.sin().float().contiguous()
 
     @cached_property
