@@ -89,7 +89,8 @@ parallel=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 8") # kernels are
     stage versions 60 "$PYTHON" benchmarks/gpu_report.py --versions "$out/versions.txt"
     stage widths 150 "$PYTHON" benchmarks/gpu_widths.py "$out/widths.csv" --device "$DEVICE"
     stage tests 300 "$PYTHON" -m pytest -m gpu -ra -p no:cacheprovider $tests
-    stage kernels 240 "$PYTHON" -m pytest -q -p no:cacheprovider $parallel tests/test_triton.py
+    stage kernels 240 "$PYTHON" -m pytest -q -p no:cacheprovider $parallel \
+        tests/test_triton.py tests/test_triton_decode.py
     bench attention-64 300 attention --lengths $lengths --head-dim 64 $heads64 --causal \
         --encodings pope --dtype $dtype --rounds $rounds --against peers
     bench attention-128 360 attention --lengths $lengths --head-dim 128 $heads128 --causal \

@@ -16,72 +16,13 @@ import torch
 from torch import Tensor
 
 import whatwhere as ww
-from encoding_cases import CASES, KINDS, SCORES, hot, make_spec, pairs, refusal
+from encoding_cases import CASES, KINDS, SCORES, hot, make_spec
+from triton_cases import DEVICE, EPS, both, check, learnable, needs_triton, outcome, qkv
 from whatwhere.attention.call import prepare
 from whatwhere.attention.triton import arguments, blocks, launch, ops
 from whatwhere.attention.triton.problem import Problem, Score
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(
-        refusal("pope", "triton", "in_order", dtype=torch.float32) is not None and DEVICE == "cpu",
-        reason="no GPU, and Triton is not interpreted",
-    ),
-]
-both = pytest.mark.parametrize("backend", ["triton", "widened"])
-EPS = torch.finfo(torch.float32).eps
-
-
-def qkv(
-    *shape: int, keys: int | None = None, groups: int = 1, value: int | None = None
-) -> list[Tensor]:
-    """``(B, H, T, D)`` queries and what belongs to them."""
-    batch, heads, length, dim = shape
-    total, kv = keys or length, heads // groups
-    sizes = (shape, (batch, kv, total, dim), (batch, kv, total, value or dim))
-    return [torch.randn(size, device=DEVICE) for size in sizes]
-
-
-def learnable(spec: ww.ScoreSpec) -> ww.ScoreSpec:
-    given = {"phase": spec.phase, "slopes": spec.slopes}
-    return replace(
-        spec,
-        **{name: x.clone().requires_grad_() for name, x in given.items() if x is not None},
-    )
-
-
-def outcome(
-    inputs: list[Tensor], spec: ww.ScoreSpec, backend: str, double: bool = False, **call: Any
-) -> list[Tensor]:
-    """Output and all gradients, under the same random slope."""
-    start = [(x.detach().double() if double else x.detach()).requires_grad_() for x in inputs]
-    spec = learnable(spec)
-    if double:
-        wide = {
-            name: x.detach().double().requires_grad_()
-            for name in ("phase", "slopes")
-            if (x := getattr(spec, name)) is not None
-        }
-        spec = replace(spec, **wide)
-    out = ww.attention(*start, spec, backend=backend, **call)
-    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
-    wanted = [*start, *(x for x in (spec.phase, spec.slopes) if x is not None)]
-    return [out.detach(), *torch.autograd.grad(out, wanted, slope)]
-
-
-def check(inputs: list[Tensor], spec: ww.ScoreSpec, backend: str, **call: Any) -> None:
-    """Within twice the reference's float32 error, plus rounding; all finite."""
-    exact = outcome(inputs, spec, "reference", double=True, **call)
-    plain = outcome(inputs, spec, "reference", **call)
-    found = outcome(inputs, spec, backend, **call)
-    rounding = EPS * (1 + math.sqrt(inputs[1].shape[2]) / 2)
-    # Where a gradient cancels to 0, as with one key alone, what is rounded is not.
-    floor = 4 * EPS * max(x.norm() for x in exact)
-    for got, near, right in zip(found, plain, exact, strict=True):
-        allowed = 2 * (near - right).norm() + rounding * right.norm() + floor
-        assert (got - right).norm() <= allowed
-
+pytestmark = needs_triton
 
 SHAPES = {
     "one token": ((1, 1, 1, 16), {}),
@@ -232,88 +173,6 @@ def test_lists_of_blocks_hold_what_is_seen_and_no_more(kind: str, by_keys: bool)
             assert full <= set(every[b, i].nonzero().flatten().tolist())
     if kind == "packed":  # documents lie one after another: bounds are exact
         assert int(count.sum()) <= int(some.sum()) * 1.35
-
-
-# Decoding
-
-
-@pairs("in_order", "positions", dtype=torch.float32, but=("reference", "sdpa", "flex", "cpu"))
-@pytest.mark.parametrize("kind", ["in_order", "masked", "positions"])
-def test_one_query_of_a_long_cache(kind: str, case: str, backend: str) -> None:
-    check_decode(case, backend, kind, length=1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [3, 16])
-@pytest.mark.parametrize("case", ["pope", "pope/quarter-raw", "rope/half", "alibi"])
-def test_several_queries_of_a_long_cache(case: str, length: int, kind: str) -> None:
-    check_decode(case, "triton", kind, length)
-
-
-def check_decode(case: str, backend: str, kind: str, length: int) -> None:
-    total = 150
-    q, k, v = qkv(2, 4, length, 16, keys=total, groups=2, value=24)
-    spec = hot(make_spec(case, 16, 4), 40)
-    call = {
-        name: x.to(DEVICE) if isinstance(x, Tensor) else x
-        for name, x in KINDS[kind](2, total).items()
-    }
-    if "query_positions" in call:
-        call["query_positions"] = call["query_positions"][:, -length:]
-    with torch.no_grad():
-        exact = ww.attention(q.double(), k.double(), v.double(), spec, backend="reference", **call)
-        plain = ww.attention(q, k, v, spec, backend="reference", **call)
-        found = ww.attention(q, k, v, spec, backend=backend, **call)
-    allowed = 2 * (plain - exact).norm() + EPS * (1 + math.sqrt(total) / 2) * exact.norm()
-    assert (found - exact).norm() <= allowed
-
-
-def test_pages_of_magnitudes_are_pages_of_keys() -> None:
-    spec = make_spec("pope", 16, 2)
-    pages = [torch.randn(4, 2, 8, 16, device=DEVICE) for _ in range(2)]
-    q = torch.randn(1, 2, 1, 16, device=DEVICE)
-    call: dict[str, Any] = {
-        "block_table": torch.tensor([[2, 0, 3]], device=DEVICE),
-        "lengths": torch.tensor([21], device=DEVICE),
-        "backend": "triton",
-    }
-    raw = ww.paged_attention(q, *pages, spec, **call)
-    shown = (ww.unturned(q, spec), ww.unturned(pages[0], spec), pages[1])
-    found = ww.paged_attention(*shown, spec.unturned(), **call)
-    torch.testing.assert_close(found, raw, rtol=2e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"block_table": torch.zeros(2, 3)}, "block_table"),
-        ({"block_table": torch.zeros(1, 3, dtype=torch.int32)}, "block_table"),
-        ({"lengths": torch.ones(2, 1, dtype=torch.int32)}, "lengths"),
-        ({"lengths": [1, 2]}, "lengths"),
-        ({"window": 0}, "window"),
-        ({"backend": "fastest"}, "backend"),
-    ],
-)
-def test_pages_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    pages = torch.randn(4, 2, 8, 16)
-    call: dict[str, Any] = {
-        "block_table": torch.zeros(2, 3, dtype=torch.int32),
-        "lengths": torch.ones(2, dtype=torch.int32),
-    }
-    with pytest.raises(ValueError, match=message):
-        q = torch.randn(2, 2, 1, 16)
-        ww.paged_attention(q, pages, pages, make_spec("pope", 16, 2), **{**call, **change})
-
-
-def test_pages_have_no_gradients_and_say_so() -> None:
-    pages = torch.randn(4, 2, 8, 16, device=DEVICE)
-    q = torch.randn(1, 2, 1, 16, device=DEVICE, requires_grad=True)
-    with pytest.raises(ww.UnsupportedError, match="gradients"):
-        ww.paged_attention(
-            q, pages, pages, make_spec("pope", 16, 2), backend="triton",
-            block_table=torch.zeros(1, 1, dtype=torch.int32, device=DEVICE),
-            lengths=torch.ones(1, dtype=torch.int32, device=DEVICE),
-        )  # fmt: skip
 
 
 # Numbers
