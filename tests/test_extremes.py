@@ -134,6 +134,18 @@ def test_scores_of_vanishing_magnitudes_keep_their_digits(value: float, backend:
     assert ((out.double() - wanted).abs() <= allowed + limit).all()
 
 
+@backends()
+def test_a_channel_of_minus_infinity_is_a_magnitude_of_nothing(backend: str) -> None:
+    gradient = refusal("pope", backend, "in_order", True, torch.float32) is None
+    inputs, spec, found = [torch.randn(1, H, 6, D) for _ in range(3)], make_spec("pope", D, H), []
+    for nothing in (float("-inf"), -1e3):
+        for x in inputs[:2]:
+            x[..., 3] = nothing
+        found.append(both(inputs, spec, backend, gradient, causal=True))
+    for got, wanted in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
+
+
 # Hardly anything, or nothing, to see
 
 

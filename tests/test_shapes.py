@@ -196,20 +196,6 @@ def test_inputs_are_left_as_they_are(case: str, backend: str) -> None:
         assert torch.equal(x, was)
 
 
-@pytest.mark.parametrize("backend", ww.BACKENDS)
-def test_a_channel_of_minus_infinity_is_a_magnitude_of_nothing(backend: str) -> None:
-    gradient = refusal("pope", backend, "in_order", gradient=True) is None
-    q, k, v = tensors((1, 2, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8))
-    spec, found = make_spec("pope", 8, 2), []
-    for nothing in (float("-inf"), -1e3):
-        given = [x.clone().index_fill(-1, torch.tensor([3]), nothing) for x in (q, k)]
-        leaves = [x.requires_grad_(gradient) for x in given]
-        out = ww.attention(*leaves, v, spec, causal=True, backend=backend)
-        found.append([out, *(torch.autograd.grad(out.sum(), leaves) if gradient else ())])
-    for got, wanted in zip(*found, strict=True):
-        assert torch.equal(got, wanted)
-
-
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, Any]:
     """Any call with one axis: shapes, positions, masks, drawn together."""
