@@ -45,6 +45,10 @@ FOUND = (
     Case(dtype="float32", slopes=True, batch=0, wanted=("slopes",)),
     Case(dtype="float32", batch=0, wanted=("phase",)),
     Case(dtype="float32", total=0, given_at="q", wanted=("phase",)),
+    # Sequences at the same places share cos and sin, but their temperatures were not shared.
+    Case(
+        dtype="float32", given=(("temperature_length", 1),), batch=2, given_at="qk", by_batch=True
+    ),
     # NaN in masked keys and in slots of a cache that are not written came through.
     Case(dtype="float32", total=40, hidden="half", poison=True),
     Case(dtype="float32", total=40, causal=True, given_at="q", places="duplicates", poison=True),
