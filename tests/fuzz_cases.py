@@ -346,6 +346,8 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...], most: int = 80, heads: int =
     valid = [key for key in options(name) if key in POOLS]
     chosen = draw(st.sets(st.sampled_from(valid), max_size=3)) if valid else set()
     given = {key: draw(st.sampled_from(POOLS[key])) for key in sorted(chosen)}
+    if "temperature_length" in valid and draw(st.integers(0, 2)) == 0:
+        given["temperature_length"] = draw(st.sampled_from(POOLS["temperature_length"]))
     if "axes" in options(name) and not causal and dim >= 4 and draw(st.integers(0, 3)) == 0:
         given = {key: x for key, x in given.items() if key in ("rest", "delta", "magnitude")}
         first = draw(st.integers(1, dim // 4)) * 2

@@ -45,6 +45,10 @@ FOUND = (
     Case(dtype="float32", slopes=True, batch=0, wanted=("slopes",)),
     Case(dtype="float32", batch=0, wanted=("phase",)),
     Case(dtype="float32", total=0, given_at="q", wanted=("phase",)),
+    # Sequences at the same places share cos and sin, but their temperatures were not shared.
+    Case(
+        dtype="float32", given=(("temperature_length", 1),), batch=2, given_at="qk", by_batch=True
+    ),
     # NaN in masked keys and in slots of a cache that are not written came through.
     Case(dtype="float32", total=40, hidden="half", poison=True),
     Case(dtype="float32", total=40, causal=True, given_at="q", places="duplicates", poison=True),
@@ -170,9 +174,9 @@ def test_any_call_is_within_rounding_of_float64(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", SLOW)
 def test_any_small_call_is_within_rounding_of_float64(backend: str) -> None:
-    @fuzz(80)
+    @fuzz(60)
     @once_wrong
-    @given(case=cases(TAKEN[backend], most=40, heads=3))
+    @given(case=cases(TAKEN[backend], most=36, heads=2))
     def run(case: Case) -> None:
         check(case, backend)
 

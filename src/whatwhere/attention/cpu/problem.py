@@ -154,9 +154,8 @@ class Problem:
                 (cos * cos_by).addcmul_(sin, sin_by),
                 (sin * cos_by).addcmul_(cos, sin_by, value=-1),
             )
-            cos.mul_(factor), sin.mul_(factor)
-        else:
-            cos, sin = cos * factor, sin * factor
+        # Not in place: temperatures may be of each sequence where angles are shared by all.
+        cos, sin = cos * factor, sin * factor
         return Turn(self, cos, sin, factor)
 
 
