@@ -144,6 +144,10 @@ def launches(case: Case, capability: int) -> list[Launch]:
         lse = torch.zeros(1, heads, case.length)
         found = recorded(lambda: launch.run_forward(problem, q, k, v))
         found += recorded(lambda: launch.run_backward(problem, out, q, k, v, out, lse))
+        if case.name == "pope-64":
+            wide_grad = torch.zeros(1, heads, case.length, 2 * case.head_dim, dtype=case.dtype)
+            found += recorded(lambda: launch.run_widen(q, problem))
+            found += recorded(lambda: launch.run_narrow(wide_grad, q, problem))
         if given["segments"] is None:
             one = prepare(
                 q[:, :, -1:],

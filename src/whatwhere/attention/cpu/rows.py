@@ -20,6 +20,9 @@ from whatwhere.attention.cpu.problem import Problem, Turn
 # Scores held at a time: what stays in a core's cache.
 _SCORES = 2**19
 
+# Numbers of features that are held at a time at the most, for however many threads.
+_MOST = 2**24
+
 
 def block_rows(total: int, groups: int) -> int:
     """Rows of a block, a row for each head that shares a key head.
@@ -62,7 +65,9 @@ def chunks(p: Problem, plan: Plan, dead: Tensor | None) -> Iterator[Chunk]:
     batch, length, total, shared = p.q.shape[0], p.q.shape[2], p.k.shape[2], p.k.shape[1]
     scores = plan.size * p.groups * plan.widest()
     features = (length * p.groups + total) * p.width
-    fit = max(1, min(_SCORES // max(scores, 1), held_features(total) // max(features, 1)))
+    fit = min(_SCORES // max(scores, 1), held_features(total) // max(features, 1))
+    # A head for each thread if scratch stays small: threads that share a product wait for another.
+    fit = max(1, fit, min(torch.get_num_threads(), _MOST // max(features, 1)))
     several = max(1, fit // shared)
     # Sequences that see different keys go one by one: together they would look at the keys of all.
     several = several if plan.plain or several * plan.widest() <= 1024 else 1

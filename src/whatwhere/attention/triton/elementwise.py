@@ -175,7 +175,8 @@ def narrow_kernel(
             d_phase = tl.sum(shown * (d1 * sin - d2 * cos), 0)
             at = (pair.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * R + channels
             tl.store(D_PHASE + at, d_phase, mask=channels < R)
-        da *= magnitude_slope(raw, MAGNITUDE)
+        # A hidden key that holds NaN has no gradient, and 0 times NaN is no 0.
+        da = tl.where(da == 0.0, 0.0, da * magnitude_slope(raw, MAGNITUDE))
     store_tile(DX, da, rows, ok, H * D, 0, R, R2)
     if KIND == ROTATE:
         store_tile(DX, db, rows, ok, H * D, R, R, R2)
@@ -185,5 +186,6 @@ def narrow_kernel(
         if KIND == POLAR:
             raw = load_tile(X, rows, ok, x_t, x_d, rest_at, P, P2, True).to(tl.float32)
             polar = (R + tl.arange(0, P2)) < magnitudes
-            d3 *= tl.where(polar[None, :], magnitude_slope(raw, MAGNITUDE), 1.0)
+            by = tl.where(polar[None, :], magnitude_slope(raw, MAGNITUDE), 1.0)
+            d3 = tl.where(d3 == 0.0, 0.0, d3 * by)
         store_tile(DX, d3, rows, ok, H * D, rest_at, P, P2)
