@@ -173,3 +173,21 @@ def test_a_compiled_call_may_ask(dynamic: bool) -> None:
     for length in (64, 256, 512):
         x = torch.zeros(length)
         assert torch.equal(compiled(x), choose(x))
+
+
+def test_a_device_is_named_by_whole_words() -> None:
+    choices.save([entry(device="NVIDIA A10"), entry(device="NVIDIA L4")])
+    assert choices.best("NVIDIA A10", 64, 64, 512, False) == "cpu"
+    assert choices.best("NVIDIA A100-SXM4-80GB", 64, 64, 512, False) is None
+    assert choices.best("NVIDIA L40S", 64, 64, 512, False) is None
+
+
+def test_a_folder_of_settings_that_nobody_can_read_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(choices.VARIABLE)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    choices.forget()
+    assert choices.best(HOPPER, 64, 64, 4096, False) == "widened"

@@ -26,8 +26,8 @@ def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(got.double(), wanted.double(), rtol=tolerance, atol=tolerance)
 
 
-def able(case: str) -> pytest.MarkDecorator:
-    names = [b for b in BACKENDS if refusal(case, b, "in_order", dtype=torch.float32) is None]
+def able(case: str, dtype: torch.dtype = torch.float32) -> pytest.MarkDecorator:
+    names = [b for b in BACKENDS if refusal(case, b, "in_order", dtype=dtype) is None]
     return pytest.mark.parametrize("backend", names)
 
 
@@ -242,7 +242,7 @@ def test_pope_scores_are_those_of_pope_pytorch(fraction: float) -> None:
     close(ww.scores(q, k, ours()), widened[0] @ widened[1].mT * D**-0.5, 1e-10)
 
 
-@able("pope")
+@able("pope", torch.float64)
 def test_pope_attention_is_that_of_pope_pytorch(backend: str) -> None:
     theirs, ours = pope_pytorch()
     from PoPE_pytorch import flash_attn_with_pope

@@ -8,6 +8,7 @@ seen. benchmarks/compile_check.py compiles the same kernels for real devices.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +20,16 @@ import whatwhere as ww
 from encoding_cases import CASES, KINDS, SCORES, hot, make_spec
 from triton_cases import DEVICE, EPS, both, check, learnable, needs_triton, outcome, qkv
 from whatwhere.attention.call import prepare
-from whatwhere.attention.triton import arguments, blocks, launch, ops
+from whatwhere.attention.triton import arguments, blocks, launch, ops, widened
 from whatwhere.attention.triton.problem import Problem, Score
 
 pytestmark = needs_triton
 
 SHAPES = {
     "one token": ((1, 1, 1, 16), {}),
-    "odd": ((2, 2, 63, 20), {"value": 33}),
+    "odd": ((2, 1, 63, 20), {"value": 33}),
     "few queries of many keys": ((1, 2, 19, 32), {"keys": 111}),
-    "groups": ((2, 6, 40, 16), {"groups": 3}),
+    "groups": ((1, 6, 40, 16), {"groups": 3}),
     "one key head": ((1, 5, 33, 24), {"groups": 5, "value": 8}),
     "wide": ((1, 1, 33, 112), {"value": 80}),
     "no batch": ((0, 2, 5, 16), {}),
@@ -61,12 +62,12 @@ def test_head_dims(dim: int, backend: str) -> None:
 @pytest.mark.parametrize("case", SCORES)
 @pytest.mark.parametrize("kind", ["packed", "windowed", "positions"])
 def test_gradients_of_every_kind_of_mask(kind: str, case: str) -> None:
-    inputs = qkv(2, 4, 70, 16, groups=2)
+    inputs = qkv(1, 2, 70, 16, groups=2)
     call = {
         name: x.to(DEVICE) if isinstance(x, Tensor) else x
-        for name, x in KINDS[kind](2, 70).items()
+        for name, x in KINDS[kind](1, 70).items()
     }
-    check(inputs, hot(make_spec(case, 16, 4), 30), "triton", **call)
+    check(inputs, hot(make_spec(case, 16, 2), 30), "triton", **call)
 
 
 @both
@@ -278,21 +279,34 @@ def test_no_second_derivative_and_a_message_that_says_so(backend: str) -> None:
         torch.autograd.grad(first[0].sum(), inputs)
 
 
-def test_features_are_not_kept_for_the_backward_pass() -> None:
-    kept: list[Tensor] = []
+def test_features_are_not_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+
+    def keep(x: Any) -> Any:
+        kept.append(x)
+        return x
+
+    # Hooks do not nest, so those of `widened` are watched from within.
+    make = widened._forgetful
+
+    def watched(*given: Any) -> Any:
+        pack, unpack = make(*given)
+        return lambda x: keep(pack(x)), unpack
+
+    monkeypatch.setattr(widened, "_forgetful", watched)
     for backend in ("triton", "widened"):
         kept.clear()
         inputs, spec = qkv(1, 2, 64, 16), learnable(make_spec("pope", 16, 2))
         start = [x.requires_grad_() for x in inputs]
-
-        def keep(x: Tensor) -> Tensor:
-            kept.append(x)
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        with hooks if backend == "triton" else nullcontext():
             ww.attention(*start, spec, causal=True, backend=backend)
-        widest = max(x.shape[-1] for x in kept if x.ndim == 4 and x.shape[2] == 64)
-        assert widest == 16
+        tensors = [x for x in kept if isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == 64]
+        assert len(tensors) >= 2
+        if backend == "triton":
+            assert max(x.shape[-1] for x in tensors) == 16
+        else:  # a recipe each for the features of queries and of keys
+            assert sum(not isinstance(x, Tensor) for x in kept) == 2
 
 
 def test_what_is_refused_says_what_would_do() -> None:
@@ -307,3 +321,62 @@ def test_what_is_refused_says_what_would_do() -> None:
 
 def test_cases_cover_every_encoding() -> None:
     assert set(ww.ENCODINGS) <= set(CASES)
+
+
+# What others may do to tensors between the passes
+
+
+def test_saved_tensors_may_come_back_in_another_layout() -> None:
+    inputs, spec = qkv(1, 2, 40, 16), make_spec("pope", 16, 2)
+    plain = outcome(inputs, spec, "triton", causal=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
+        found = outcome(inputs, spec, "triton", causal=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+@both
+def test_what_the_backward_pass_needs_must_not_be_changed_in_place(backend: str) -> None:
+    q, k, v = qkv(1, 1, 20, 16)
+    v.requires_grad_()
+    out = ww.attention(q, k, v, make_spec("pope", 16, 1), causal=True, backend=backend)
+    q.zero_()
+    with pytest.raises(RuntimeError, match=r"in.?place"):
+        out.sum().backward()
+
+
+@both
+def test_positions_may_lie_in_any_order_of_memory(backend: str) -> None:
+    inputs, spec = qkv(2, 1, 20, 16), hot(make_spec("pope/temperature", 16, 1), 4)
+    at = torch.arange(20, device=DEVICE).repeat(2, 1) * 3
+    call = {"causal": True, "backend": backend, "key_positions": at}
+    wanted = ww.attention(*inputs, spec, query_positions=at, **call)
+    other = at.t().contiguous().t()
+    assert torch.equal(ww.attention(*inputs, spec, query_positions=other, **call), wanted)
+
+
+def test_a_window_of_the_greatest_integer_is_none() -> None:
+    inputs, spec = qkv(1, 1, 40, 16), make_spec("pope", 16, 1)
+    wide = outcome(inputs, spec, "triton", causal=True, window=2**31 - 1)
+    none = outcome(inputs, spec, "triton", causal=True)
+    for a, b in zip(wide, none, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_tf32_may_be_asked_for_in_pytorchs_new_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    q = qkv(1, 1, 4, 16)[0]
+    try:
+        assert not arguments.tf32(q)
+        matmul.fp32_precision = "tf32"
+        assert arguments.tf32(q)
+        assert not arguments.tf32(q.half())
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_strides_beyond_32_bits_are_copied() -> None:
+    x = torch.empty(1, device="meta").as_strided((1, 3, 5, 16), (0, 2**30, 16, 1))
+    assert launch.within_reach(x).stride(1) == 16
+    near = torch.empty(1, device="meta").as_strided((1, 3, 5, 16), (0, 2**29, 16, 1))
+    assert launch.within_reach(near) is near

@@ -93,3 +93,33 @@ def test_pages_have_no_gradients_and_say_so() -> None:
             block_table=torch.zeros(1, 1, dtype=torch.int32, device=DEVICE),
             lengths=torch.ones(1, dtype=torch.int32, device=DEVICE),
         )  # fmt: skip
+
+
+def test_tables_of_pages_may_have_any_strides_and_lengths_go_no_further_than_they() -> None:
+    spec = make_spec("pope", 16, 2)
+    pages = [torch.randn(9, 2, 8, 16, device=DEVICE) for _ in range(2)]
+    q = torch.randn(2, 2, 1, 16, device=DEVICE)
+    table = torch.randperm(9, device=DEVICE)[:6].view(2, 3).int()
+    lengths = torch.tensor([5, 21], device=DEVICE).int()
+    call: dict[str, Any] = {"backend": "triton"}
+    wanted = ww.paged_attention(q, *pages, spec, block_table=table, lengths=lengths, **call)
+    call |= {
+        "block_table": table.t().contiguous().t(),
+        "lengths": torch.stack((lengths, lengths + 7), dim=1)[:, 0],
+    }
+    assert torch.equal(ww.paged_attention(q, *pages, spec, **call), wanted)
+    call["lengths"] = torch.tensor([5, 2000], device=DEVICE).int()
+    laid = ww.paged_attention(q, *pages, spec, **{**call, "backend": "reference"})
+    found = ww.paged_attention(q, *pages, spec, **call)
+    torch.testing.assert_close(found, laid, rtol=2e-5, atol=2e-6)
+
+
+def test_pages_before_the_window_may_be_gone() -> None:
+    spec = make_spec("pope", 16, 2)
+    pages = [torch.randn(4, 2, 8, 16, device=DEVICE) for _ in range(2)]
+    q, lengths = torch.randn(1, 2, 1, 16, device=DEVICE), torch.tensor([30], device=DEVICE)
+    table = torch.tensor([[3, 1, 0, 2]], device=DEVICE)
+    call: dict[str, Any] = {"lengths": lengths, "window": 6, "backend": "triton"}
+    wanted = ww.paged_attention(q, *pages, spec, block_table=table, **call)
+    table[0, :3] = -(10**6)
+    assert torch.equal(ww.paged_attention(q, *pages, spec, block_table=table, **call), wanted)

@@ -16,7 +16,7 @@ from whatwhere.lab.bench.results import COLUMNS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 STAGES = (
-    *("versions", "widths", "tests", "attention-64", "attention-128"),
+    *("versions", "widths", "tests", "kernels", "attention-64", "attention-128"),
     *("decode", "step", "calibrate", "odd"),
 )
 

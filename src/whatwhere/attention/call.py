@@ -67,7 +67,9 @@ class Call:
 class Pages(Protocol):
     """Decoding over a paged cache, arguments as `whatwhere.paged_attention` has checked them."""
 
-    def refuses(self, q: Tensor, value_pages: Tensor, spec: ScoreSpec) -> str | None:
+    def refuses(
+        self, q: Tensor, key_pages: Tensor, value_pages: Tensor, spec: ScoreSpec
+    ) -> str | None:
         """Why it cannot, in a few words, or ``None`` if it can."""
 
     def run(

@@ -75,7 +75,7 @@ def best(
             continue
         if measured and not known:
             continue
-        if least <= length and (most is None or length <= most) and device in device_name:
+        if least <= length and (most is None or length <= most) and _names(device, device_name):
             return backend
     return None
 
@@ -88,7 +88,12 @@ def measured_on(device: torch.device | str, backends: Iterable[str]) -> bool:
     """
     name, wanted = device_name(device), set(backends)
     entries: tuple[Entry, ...] = _tables()
-    return any(entry[0] in name and entry[7] in wanted and entry[8] for entry in entries)
+    return any(_names(entry[0], name) and entry[7] in wanted and entry[8] for entry in entries)
+
+
+def _names(part: str, name: str) -> bool:
+    """Whether a device's name has this part, as whole words: an A100 is no A10."""
+    return f" {part} " in f" {name} "
 
 
 def device_name(device: torch.device | str) -> str:
@@ -110,7 +115,10 @@ def user_file() -> Path:
         return Path(named)
     # As the XDG rules say, a relative folder does not count.
     given = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    folder = given if given.is_absolute() else Path.home() / ".config"
+    try:
+        folder = given if given.is_absolute() else Path.home() / ".config"
+    except RuntimeError:  # a user without a home has no settings
+        folder = Path(os.devnull)
     return folder / "whatwhere" / "choices.json"
 
 
@@ -151,6 +159,10 @@ def load(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
+    except (NotADirectoryError, PermissionError) as error:
+        if os.environ.get(VARIABLE):
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        return []  # nobody named it
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     try:
@@ -217,3 +229,4 @@ def _tables() -> tuple[Entry, ...]:
 # What torch.compiler.assume_constant_result sets: a traced call keeps the entries as they were
 # then, since no file is read in a graph. The function itself would load PyTorch's compiler here.
 _tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
+device_name._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from whatwhere.attention.api import BACKENDS, attention
 from whatwhere.attention.call import check_tensors
+from whatwhere.attention.choices import measured_on
 from whatwhere.attention.features import check_device, check_spec
 from whatwhere.spec import ScoreSpec, UnsupportedError
 
@@ -39,7 +40,7 @@ def paged_attention(
         window: As for `whatwhere.attention`.
         backend: ``"triton"`` reads the pages where they lie, on a GPU; any other name in
             `whatwhere.BACKENDS` gets a copy of them side by side; ``"auto"`` takes the first where
-            it runs.
+            it was measured.
 
     Returns:
         ``(B, H, T, V)``. A query at a position below 0 (``lengths[b] < T``) gets zeros.
@@ -53,8 +54,8 @@ def paged_attention(
     for name, entry in BACKENDS.items():
         if entry.pages is None or backend not in (name, "auto"):
             continue
-        why = entry.pages.refuses(q, value_pages, spec)
-        if why is None and (backend == name or q.is_cuda):
+        why = entry.pages.refuses(q, key_pages, value_pages, spec)
+        if why is None and (backend == name or (q.is_cuda and measured_on(q.device, [name]))):
             return entry.pages.run(q, key_pages, value_pages, spec, block_table, lengths, window)
         if backend == name:
             raise UnsupportedError(f"backend {name!r} cannot read these pages: {why}")

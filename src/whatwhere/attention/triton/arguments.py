@@ -15,6 +15,9 @@ from whatwhere.spec import ScoreSpec
 # Channels of a head that a tile can hold.
 WIDEST = 256
 
+# Programs along the second axis of a grid, of which there is one for each head of each sequence.
+_PROGRAMS = 65535
+
 
 INSTALLED = find_spec("triton") is not None
 
@@ -30,8 +33,12 @@ def refuses(q: Tensor) -> str | None:
             return "Triton's interpreter computes bfloat16 wrongly"
     elif q.device.type != "cuda":
         return f"it runs on a CUDA device, the call is on {q.device.type}"
+    elif torch.version.hip is not None:
+        return "it was made for NVIDIA's devices"
     elif torch.cuda.get_device_capability(q.device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
+    if q.shape[0] * q.shape[1] > _PROGRAMS:
+        return f"it takes {_PROGRAMS} heads of sequences at the most"
     if q.dtype == torch.float64:
         return "it computes bfloat16, float16 and float32, not float64"
     return None
@@ -69,7 +76,16 @@ def of_spec(spec: ScoreSpec) -> tuple[Any, ...]:
 
 def tf32(q: Tensor) -> bool:
     """Whether float32 products may be rounded to TF32: only if PyTorch was asked to."""
-    return q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return q.dtype == torch.float32 and _tf32_asked()
+
+
+def _tf32_asked() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# What torch.compiler.assume_constant_result sets: Dynamo cannot read the setting, and a compiled
+# call keeps what it was.
+_tf32_asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def of_features(

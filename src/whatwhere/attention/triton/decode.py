@@ -56,8 +56,10 @@ def decode_kernel(
     dtype = K.dtype.element_ty
     rest_at = R * 2 if KIND == ROTATE else R
     if PAGED:
-        S = tl.load(LENGTHS + b)
-        ahead = S - T
+        # A length beyond the table reads what there is of it.
+        length = tl.load(LENGTHS + b)
+        ahead = length - T
+        S = tl.minimum(length, S)
 
     row = tl.program_id(2) * BM + tl.arange(0, BM)
     q_ok = row < GROUPS * T
@@ -119,6 +121,9 @@ def decode_kernel(
         n0 = n * BN
         k_rows = n0 + columns
         k_ok = k_rows < S
+        if PAGED and WINDOWED:
+            # Pages before the window may have been given back.
+            k_ok = k_ok & (k_rows > ahead - window)
         if PAGED:
             block = tl.load(PAGES + b * pages_b + k_rows // page, mask=k_ok, other=0).to(tl.int64)
             k_at_row = block * k_b + (k_rows % page) * k_s

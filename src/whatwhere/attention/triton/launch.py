@@ -40,6 +40,14 @@ def tables(problem: Problem, queries: bool) -> dict[str, Any]:
     return {f"{name}_COS": cos, f"{name}_SIN": sin, f"{name.lower()}_table_b": batch}
 
 
+def within_reach(x: Tensor) -> Tensor:
+    """The tensor, or a copy where heads or rows lie too far apart for 32 bits to count."""
+    far = max(x.stride(1) * max(x.shape[1] - 1, 0), x.stride(2) * 256)
+    if far < 2**31 or x.numel() == 0:
+        return x
+    return by_length(x, x.shape[-1]).copy_(x)
+
+
 def angle_table(
     problem: Problem, at: Tensor | None, length: int, first: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -106,6 +114,7 @@ def run_forward(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     if out.numel() == 0:
         return out, lse
     shape = shape_for("forward", problem)
+    q, k, v = (within_reach(x) for x in (q, k, v))
     with on(q):
         keys = as_magnitudes(problem, k)
         forward.forward_kernel[(-(-problem.length // shape.rows), problem.batch * problem.heads)](
@@ -195,11 +204,14 @@ def run_backward(
     problem: Problem, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Gradients:
     """Gradients of `run_forward`: queries first, then keys and values; no atomics."""
+    # As the forward pass left them, whatever hooks on saved tensors have done since.
+    out, lse = out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     dq, dk = by_length(q, problem.dim), by_length(k, problem.dim)
     dv = by_length(v, problem.width)
     d_phase = d_slopes = None
     if out.numel() == 0:
         return _no_gradients(problem, dq, dk, dv)
+    q, k, v, grad = (within_reach(x) for x in (q, k, v, grad))
     shape = shape_for("queries", problem)
     count = -(-problem.length // shape.rows)
     score = problem.score
@@ -284,6 +296,9 @@ def run_decode(
     out = by_length(q, problem.width)
     if out.numel() == 0:
         return out
+    q = within_reach(q)
+    if pages is None:
+        k, v = within_reach(k), within_reach(v)
     heads = k.shape[1]
     rows = problem.groups * problem.length
     shape = decode_shape(problem)

@@ -147,7 +147,9 @@ def _(
 @narrow.register_fake
 def _(grad: Tensor, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     phase = given[_PHASE]
-    return by_length(x, x.shape[-1]), x.new_empty(0) if phase is None else torch.empty_like(phase)
+    return by_length(x, x.shape[-1]), x.new_empty(0) if phase is None else phase.new_empty(
+        phase.shape
+    )
 
 
 @flash_forward.register_fake
@@ -164,8 +166,8 @@ def _(
         by_length(q, q.shape[-1]),
         by_length(k, k.shape[-1]),
         by_length(v, v.shape[-1]),
-        q.new_empty(0) if phase is None else torch.empty_like(phase),
-        q.new_empty(0) if slopes is None else torch.empty_like(slopes),
+        q.new_empty(0) if phase is None else phase.new_empty(phase.shape),
+        q.new_empty(0) if slopes is None else slopes.new_empty(slopes.shape),
     )
 
 

@@ -156,7 +156,7 @@ class Problem:
             at = torch.arange(self.total - self.length, self.total, device=self.device)[None, :]
         else:
             at = at[..., 0]
-        return temperature(at, self.score.temperature_length).float()
+        return temperature(at, self.score.temperature_length).float().contiguous()
 
     def visibility(self) -> dict[str, Any]:
         """Arguments that say which key a query sees."""
@@ -176,7 +176,8 @@ class Problem:
             "K_SEGMENT": k_segment,
             "K_MASK": mask,
             "ahead": self.total - self.length,
-            "window": score.window,
+            # No window is wider than all keys, and the greatest integer would overflow.
+            "window": min(score.window, self.total) if self.in_order else score.window,
             "IN_ORDER": self.in_order or not self.ordered,
             "CAUSAL": score.causal,
             "WINDOWED": score.window > 0,

@@ -27,8 +27,8 @@ def run(call: Call) -> Tensor:
     queries, keys, again = _features(call)
     narrow = replace(call, q=queries, k=keys, spec=call.spec.encoded())
     attend = _stock if takes(call) else _own
-    if again is None or not call.needs_grad or torch.compiler.is_compiling():
-        # A compiler decides by itself what to keep and what to make again.
+    if again is None or not call.needs_grad or torch.compiler.is_compiling() or _hooked():
+        # A compiler, or checkpointing, decides by itself what to keep and what to make again.
         return attend(narrow)
     with torch.autograd.graph.saved_tensors_hooks(*_forgetful(queries, keys, again)):
         return attend(narrow)
@@ -78,8 +78,20 @@ def _stock(call: Call) -> Tensor:
         SDPBackend.FLASH_ATTENTION,
         SDPBackend.EFFICIENT_ATTENTION,
     ]
-    with sdpa_kernel(order, set_priority=True):
-        return attend()
+    if values.stride(-1) != 1:
+        values = values.contiguous()
+    try:
+        with sdpa_kernel(order, set_priority=True):
+            return attend()
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        return _own(call)
+
+
+def _hooked() -> bool:
+    """Whether saved tensors are somebody else's business already; hooks do not nest."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _own(call: Call) -> Tensor:
@@ -107,11 +119,25 @@ def _features(call: Call) -> tuple[Tensor, Tensor, tuple[Callable[[], Tensor], .
         given = arguments.of_features(spec, phase, gain, None if call.in_order else positions)
         made.append((x, (*given, first)))
     features = [ops.widen(x, *given) for x, given in made]
-    again = tuple(
-        (lambda x=x, given=given: ops.widen(x, *given))
-        for x, given in ((x.detach(), _detached(given)) for x, given in made)
-    )
-    return features[0], features[1], again
+    return features[0], features[1], tuple(_recipe(x, given) for x, given in made)
+
+
+def _recipe(x: Tensor, given: tuple[Any, ...]) -> Callable[[], Tensor]:
+    """Makes features again, of the very numbers they were made of."""
+    x, given = x.detach(), _detached(given)
+    kept = [value for value in (x, *given) if isinstance(value, Tensor)]
+    versions = [value._version for value in kept]
+
+    def make() -> Tensor:
+        if [value._version for value in kept] != versions:
+            raise RuntimeError(
+                "queries, keys, positions or the phase were changed in place after attention, "
+                "which needs them for its backward pass"
+            )
+        features: Tensor = ops.widen(x, *given)
+        return features
+
+    return make
 
 
 def _detached(given: tuple[Any, ...]) -> tuple[Any, ...]:
