@@ -34,7 +34,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         "value_dim": 64,
         "min_length": 512,
         "max_length": 4096,
-        "training": False,
+        "stage": "forward",
         "backend": "cpu",
         "measured": True,
         "source": "a test",
@@ -48,49 +48,51 @@ def test_shipped_choices_are_predictions_and_say_so() -> None:
         assert e["measured"] is False and e["source"].startswith("predicted")
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stage", ["forward", "forward+backward"])
 @pytest.mark.parametrize(
     ("dim", "width", "backend"),
     [(64, None, "widened"), (128, None, "triton"), (128, 192, "widened")],
 )
 def test_what_is_predicted_for_hopper(
-    dim: int, width: int | None, backend: str, training: bool
+    dim: int, width: int | None, backend: str, stage: str
 ) -> None:
     for name in (HOPPER, "NVIDIA H100 80GB HBM3"):
-        assert choices.best(name, dim, dim, 4096, training, feature_dim=width) == backend
-    assert choices.best("NVIDIA A100", dim, dim, 4096, training, feature_dim=width) is None
+        assert choices.best(name, dim, dim, 4096, stage, feature_dim=width) == backend
+    assert choices.best("NVIDIA A100", dim, dim, 4096, stage, feature_dim=width) is None
 
 
 def test_a_prediction_does_not_pass_for_a_measurement() -> None:
-    assert choices.best(HOPPER, 64, 64, 4096, False) == "widened"
-    assert choices.best(HOPPER, 64, 64, 4096, False, measured=True) is None
+    assert choices.best(HOPPER, 64, 64, 4096, "forward") == "widened"
+    assert choices.best(HOPPER, 64, 64, 4096, "forward", measured=True) is None
     choices.save([entry(device="H200", backend="triton")])
-    assert choices.best(HOPPER, 64, 64, 4096, False, measured=True) == "triton"
+    assert choices.best(HOPPER, 64, 64, 4096, "forward", measured=True) == "triton"
 
 
-def test_whether_a_kernel_was_measured_here() -> None:
+def test_whether_decoding_was_measured_here() -> None:
     here = choices.device_name("cpu")
-    choices.save(
-        [entry(device=here, backend="cpu"), entry(device=here, backend="triton", measured=False)]
-    )
-    assert choices.measured_on("cpu", ["cpu", "sdpa"])
-    assert not choices.measured_on("cpu", ["triton", "widened"])
+    guess = entry(device=here, backend="triton", stage="decode", measured=False)
+    choices.save([entry(device=here, backend="triton"), guess])
+    assert choices.measured_on("cpu", "triton", "forward")
+    # Neither a prediction nor another stage of the same backend says that decoding is right.
+    assert not choices.measured_on("cpu", "triton", "decode")
+    choices.save([{**guess, "measured": True}])
+    assert choices.measured_on("cpu", "triton", "decode")
 
 
 def test_nothing_is_said_of_other_widths() -> None:
-    assert choices.best(HOPPER, 80, 80, 4096, False) is None
-    assert choices.best(HOPPER, 64, 32, 4096, False) is None
+    assert choices.best(HOPPER, 80, 80, 4096, "forward") is None
+    assert choices.best(HOPPER, 64, 32, 4096, "forward") is None
 
 
 def test_the_users_entries_come_first_and_hold_within_their_lengths(mine: Path) -> None:
-    assert choices.best(HOPPER, 64, 64, 2048, False) == "widened"
+    assert choices.best(HOPPER, 64, 64, 2048, "forward") == "widened"
     written = choices.save([entry(device="H200", backend="flex"), entry()])
     assert written == mine == choices.user_file()
-    assert choices.best(HOPPER, 64, 64, 2048, False) == "flex"
-    assert choices.best(HOPPER, 64, 64, 8192, False) == "widened"
-    assert choices.best(HOPPER, 64, 64, 2048, True) == "widened"
-    assert choices.best("some CPU", 64, 64, 512, False) == "cpu"
-    assert choices.best("some CPU", 64, 64, 511, False) is None
+    assert choices.best(HOPPER, 64, 64, 2048, "forward") == "flex"
+    assert choices.best(HOPPER, 64, 64, 8192, "forward") == "widened"
+    assert choices.best(HOPPER, 64, 64, 2048, "forward+backward") == "widened"
+    assert choices.best("some CPU", 64, 64, 512, "forward") == "cpu"
+    assert choices.best("some CPU", 64, 64, 511, "forward") is None
     assert [p.name for p in mine.parent.iterdir()] == ["choices.json"]
 
 
@@ -108,7 +110,8 @@ def test_where_the_users_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ({"head_dim": "64"}, "head_dim is '64'"),
         ({"head_dim": True}, "head_dim is True"),
-        ({"training": 1}, "training is 1"),
+        ({"stage": 1}, "stage is 1"),
+        ({"stage": "training"}, "expected one of"),
         ({"min_length": 0}, "at least 1"),
         ({"max_length": 7}, "max_length is below"),
         ({"backend": ""}, "must not be empty"),
@@ -126,7 +129,7 @@ def test_a_bad_entry_is_named_and_replaces_nothing(
     mine.write_text(json.dumps({"entries": [entry(**change)]}))
     choices.forget()
     with pytest.raises(ValueError, match=f"choices.json: entry 0: .*{said}"):
-        choices.best("some CPU", 64, 64, 512, False)
+        choices.best("some CPU", 64, 64, 512, "forward")
 
 
 @pytest.mark.parametrize(
@@ -137,17 +140,17 @@ def test_a_file_of_something_else_is_named(content: bytes, said: str, mine: Path
     mine.parent.mkdir()
     mine.write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        choices.best(HOPPER, 64, 64, 512, False)
+        choices.best(HOPPER, 64, 64, 512, "forward")
 
 
 def test_files_are_read_once(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choices.best(HOPPER, 64, 64, 4096, False)
+    choices.best(HOPPER, 64, 64, 4096, "forward")
 
     def read(*args: Any, **kwargs: Any) -> str:
         raise AssertionError("read again")
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert choices.best(HOPPER, 128, 128, 4096, False) == "triton"
+    assert choices.best(HOPPER, 128, 128, 4096, "forward") == "triton"
 
 
 def test_importing_reads_no_file() -> None:
@@ -163,10 +166,10 @@ def test_importing_reads_no_file() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_call_may_ask(dynamic: bool) -> None:
-    choices.best(HOPPER, 64, 64, 64, False)
+    choices.best(HOPPER, 64, 64, 64, "forward")
 
     def choose(x: torch.Tensor) -> torch.Tensor:
-        name = choices.best(HOPPER, 64, 64, x.shape[0], False)
+        name = choices.best(HOPPER, 64, 64, x.shape[0], "forward")
         return x + 1 if name == "widened" else x - 1
 
     compiled = torch.compile(choose, fullgraph=True, dynamic=dynamic, backend="eager")
@@ -177,9 +180,9 @@ def test_a_compiled_call_may_ask(dynamic: bool) -> None:
 
 def test_a_device_is_named_by_whole_words() -> None:
     choices.save([entry(device="NVIDIA A10"), entry(device="NVIDIA L4")])
-    assert choices.best("NVIDIA A10", 64, 64, 512, False) == "cpu"
-    assert choices.best("NVIDIA A100-SXM4-80GB", 64, 64, 512, False) is None
-    assert choices.best("NVIDIA L40S", 64, 64, 512, False) is None
+    assert choices.best("NVIDIA A10", 64, 64, 512, "forward") == "cpu"
+    assert choices.best("NVIDIA A100-SXM4-80GB", 64, 64, 512, "forward") is None
+    assert choices.best("NVIDIA L40S", 64, 64, 512, "forward") is None
 
 
 def test_a_folder_of_settings_that_nobody_can_read_is_none(
@@ -190,4 +193,4 @@ def test_a_folder_of_settings_that_nobody_can_read_is_none(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     choices.forget()
-    assert choices.best(HOPPER, 64, 64, 4096, False) == "widened"
+    assert choices.best(HOPPER, 64, 64, 4096, "forward") == "widened"

@@ -32,17 +32,17 @@ def test_every_length_has_a_measured_choice(
     assert main([*OPTIONS, "--lengths", "16", "64"]) == 0
     assert f"choices: {mine}" in capsys.readouterr().out
     entries = choices.load(mine)
-    assert len(entries) == 8  # two widths of scores, two lengths, with and without training
+    assert len(entries) == 12  # two widths of scores, two lengths, three stages
     for entry in entries:
         assert entry["measured"] and "--calibrate" in entry["source"]
         assert (entry["min_length"], entry["max_length"]) in ((1, 32), (33, None))
     name = choices.device_name("cpu")
-    for training in (True, False):
+    for stage in choices.STAGES:
         for width in (12, 16):
             for length in (1, 32, 33, 10**6):
-                found = choices.best(name, 8, 8, length, training, feature_dim=width)
+                found = choices.best(name, 8, 8, length, stage, feature_dim=width)
                 assert found in ("sdpa", "cpu")
-    assert choices.best("another device", 8, 8, 64, False) is None
+    assert choices.best("another device", 8, 8, 64, "forward") is None
 
 
 def test_other_devices_and_widths_are_kept(mine: Path) -> None:

@@ -275,12 +275,13 @@ def _choose_on_gpu(call: Call) -> tuple[str, str]:
     decodes = call.q.shape[2] <= triton.DECODE_QUERIES and not call.needs_grad
     if decodes and triton.reads_raw_keys(call.spec, device) and triton.refuses(call) is None:
         return "triton", "few queries: keys are read once, raw, and split among programs"
+    stage = "decode" if decodes else "forward+backward" if call.needs_grad else "forward"
     named = choices.best(
         choices.device_name(device),
         head_dim,
         call.v.shape[-1],
         total,
-        call.needs_grad,
+        stage,
         feature_dim=call.spec.feature_dim(head_dim),
         measured=True,
     )

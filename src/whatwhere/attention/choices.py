@@ -20,18 +20,20 @@ import torch
 SHIPPED = Path(__file__).with_name("choices.json")
 VARIABLE = "WHATWHERE_CHOICES"
 
+STAGES = ("forward", "forward+backward", "decode")
+
 _WIDTHS = ("head_dim", "feature_dim", "value_dim", "min_length")
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "device": str,
     **dict.fromkeys(_WIDTHS, int),
     "max_length": (int, type(None)),
-    "training": bool,
+    "stage": str,
     "backend": str,
     "measured": bool,
     "source": str,
 }
 
-Entry = tuple[str, int, int, int, int, int | None, bool, str, bool]
+Entry = tuple[str, int, int, int, int, int | None, str, str, bool]
 """Of a checked entry what `best` reads, in the order of `_KEYS`."""
 
 
@@ -40,7 +42,7 @@ def best(
     head_dim: int,
     value_dim: int,
     length: int,
-    training: bool,
+    stage: str,
     *,
     feature_dim: int | None = None,
     measured: bool = False,
@@ -56,7 +58,7 @@ def best(
         head_dim: ``D``.
         value_dim: ``V``.
         length: Keys, ``S``.
-        training: Whether a backward pass may follow.
+        stage: One of `STAGES`: whether a backward pass may follow, or few queries decode.
         feature_dim: Width of the score's features, ``spec.feature_dim(D)``; ``None`` is
             ``2 D``, where every channel turns.
         measured: Whether only entries count that were measured. A prediction says nothing of
@@ -70,8 +72,8 @@ def best(
     """
     width = 2 * head_dim if feature_dim is None else feature_dim
     entries: tuple[Entry, ...] = _tables()
-    for device, dim, features, values, least, most, trains, backend, known in entries:
-        if (dim, features, values, trains) != (head_dim, width, value_dim, training):
+    for device, dim, features, values, least, most, at, backend, known in entries:
+        if (dim, features, values, at) != (head_dim, width, value_dim, stage):
             continue
         if measured and not known:
             continue
@@ -80,15 +82,15 @@ def best(
     return None
 
 
-def measured_on(device: torch.device | str, backends: Iterable[str]) -> bool:
-    """Whether one of these backends was measured, and so checked, on a device.
+def measured_on(device: torch.device | str, backend: str, stage: str) -> bool:
+    """Whether a backend was measured, and so checked, as the fastest of a stage on a device.
 
     Raises:
         ValueError: If a file is not as `validate` wants it.
     """
-    name, wanted = device_name(device), set(backends)
+    name, wanted = device_name(device), (stage, backend, True)
     entries: tuple[Entry, ...] = _tables()
-    return any(_names(entry[0], name) and entry[7] in wanted and entry[8] for entry in entries)
+    return any(entry[6:] == wanted and _names(entry[0], name) for entry in entries)
 
 
 def _names(part: str, name: str) -> bool:
@@ -177,7 +179,7 @@ def validate(content: Any, where: str) -> list[dict[str, Any]]:
 
     An entry has exactly the keys ``device`` (part of a device's name), ``head_dim``,
     ``feature_dim``, ``value_dim``, ``min_length``, ``max_length`` (``null``: no end; both
-    inclusive), ``training``, ``backend``, ``measured`` and ``source``.
+    inclusive), ``stage``, ``backend``, ``measured`` and ``source``.
 
     Args:
         content: What the JSON was read into.
@@ -203,6 +205,8 @@ def validate(content: Any, where: str) -> list[dict[str, Any]]:
                 raise ValueError(f"{at}: {key} is {value!r}")
         if not entry["device"] or not entry["backend"]:
             raise ValueError(f"{at}: device and backend must not be empty")
+        if entry["stage"] not in STAGES:
+            raise ValueError(f"{at}: stage is {entry['stage']!r}, expected one of {STAGES}")
         if any(entry[key] < 1 for key in _WIDTHS):
             raise ValueError(f"{at}: {', '.join(_WIDTHS)} must be at least 1")
         if entry["max_length"] is not None and entry["max_length"] < entry["min_length"]:

@@ -55,7 +55,9 @@ def paged_attention(
         if entry.pages is None or backend not in (name, "auto"):
             continue
         why = entry.pages.refuses(q, key_pages, value_pages, spec)
-        if why is None and (backend == name or (q.is_cuda and measured_on(q.device, [name]))):
+        if why is None and (
+            backend == name or (q.is_cuda and measured_on(q.device, name, "decode"))
+        ):
             return entry.pages.run(q, key_pages, value_pages, spec, block_table, lengths, window)
         if backend == name:
             raise UnsupportedError(f"backend {name!r} cannot read these pages: {why}")

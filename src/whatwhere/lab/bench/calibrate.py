@@ -45,7 +45,12 @@ def calibrate(settings: Settings, say: Callable[[str], None]) -> Path:
     lengths = settings.lengths or _LENGTHS[settings.where]
     settings = replace(settings, lengths=tuple(sorted(set(lengths))), causal=True, full=False)
     entries: list[dict[str, Any]] = []
-    for case in settings.cases():
+    cases = settings.cases()
+    if len(settings.passes) > 1:
+        # One sequence stands for all: how many there are changes what fills the device, not what
+        # a kernel reads.
+        cases += replace(settings, what="decode", batch=settings.batch or (1,)).cases()
+    for case in cases:
         if case.kv_heads != case.heads or case.threads not in (0, settings.threads[0]):
             continue
         say(f"{case}")
@@ -82,7 +87,7 @@ def _entries(case: Case, settings: Settings, say: Callable[[str], None]) -> list
                 "value_dim": case.head_dim,
                 "min_length": least,
                 "max_length": most,
-                "training": case.stage == "forward+backward",
+                "stage": case.stage,
                 "backend": best.side.backend,
                 "measured": True,
                 "source": _source(case, settings, able),
@@ -115,7 +120,7 @@ def _bucket(length: int, lengths: Iterable[int]) -> tuple[int, int | None]:
 
 
 def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("device", "head_dim", "feature_dim", "value_dim", "training")
+    names = ("device", "head_dim", "feature_dim", "value_dim", "stage")
     return tuple(entry[name] for name in names)
 
 

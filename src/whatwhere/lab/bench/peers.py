@@ -38,8 +38,11 @@ def build(side: Side, tensors: Tensors) -> Work:
     module, package = PEERS[side.backend]
     try:
         theirs = importlib.import_module(module)
-    except Exception:
+    except ModuleNotFoundError:
         raise RefusedError(f"not installed: pip install {package}") from None
+    except Exception as error:
+        # Whatever a peer raises when it is imported, the other sides are measured.
+        raise RefusedError(f"cannot be imported: {type(error).__name__}: {error}") from None
     make = _pope_pytorch if side.backend == "PoPE-pytorch" else _x_transformers
     return make(theirs, tensors)
 
