@@ -183,7 +183,10 @@ def cache_form(
     anew. As magnitudes (`unturned`), as many numbers, they are cheaper still to read.
     """
     target = torch.device("cpu" if device is None else device)
-    raw = any(entry.reads_raw_keys(spec, target) for entry in BACKENDS.values())
+    raw = any(
+        entry.reads_raw_keys(spec, target) and _decodes_by(name, target)
+        for name, entry in BACKENDS.items()
+    )
     return "raw" if raw else "encoded"
 
 
@@ -266,6 +269,11 @@ def _choose(call: Call, backend: str) -> tuple[str, str]:
     return "sdpa", "PyTorch's fused kernel over widened features"
 
 
+def _decodes_by(name: str, device: torch.device) -> bool:
+    """Whether ``"auto"`` may decode by a backend: on a GPU only once that was measured there."""
+    return device.type != "cuda" or choices.measured_on(device, name, "decode")
+
+
 def _choose_on_gpu(call: Call) -> tuple[str, str]:
     """Our kernels where they were measured, and so checked, on this device; else PyTorch's.
 
@@ -273,7 +281,8 @@ def _choose_on_gpu(call: Call) -> tuple[str, str]:
     """
     device, head_dim, total = call.q.device, call.q.shape[-1], call.k.shape[2]
     decodes = call.q.shape[2] <= triton.DECODE_QUERIES and not call.needs_grad
-    if decodes and triton.reads_raw_keys(call.spec, device) and triton.refuses(call) is None:
+    raw = triton.reads_raw_keys(call.spec, device) and _decodes_by("triton", device)
+    if decodes and raw and triton.refuses(call) is None:
         return "triton", "few queries: keys are read once, raw, and split among programs"
     stage = "decode" if decodes else "forward+backward" if call.needs_grad else "forward"
     named = choices.best(

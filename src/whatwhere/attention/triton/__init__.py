@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whatwhere.attention import choices
 from whatwhere.attention.call import Backend, Call
 from whatwhere.attention.triton import arguments, ops, pages, widened
 from whatwhere.spec import ScoreSpec
@@ -41,10 +40,8 @@ def run(call: Call) -> Tensor:
 
 
 def reads_raw_keys(spec: ScoreSpec, device: torch.device) -> bool:
-    """On a GPU where its decoding was measured as the fastest, it turns polar keys as it reads."""
-    if device.type != "cuda" or spec.feature != "polar" or not arguments.INSTALLED:
-        return False
-    return choices.measured_on(device, "triton", "decode")
+    """On a GPU the decoding kernel turns polar keys as it reads them."""
+    return device.type == "cuda" and spec.feature == "polar" and arguments.INSTALLED
 
 
 BACKEND = Backend(run=run, refuses=refuses, reads_raw_keys=reads_raw_keys, pages=pages)

@@ -162,7 +162,10 @@ def _stock_decode(side: Side, tensors: Tensors) -> Work:
 
 
 def _decode(side: Side, tensors: Tensors) -> Work:
-    """One query against a cache in the form that the backend reads fastest."""
+    """One query against a cache in the form that the backend reads fastest.
+
+    Where that is raw, of polar keys their magnitudes, as the models here keep them.
+    """
     case, device = tensors.case, tensors.q.device
     with torch.no_grad():
         spec = tensors.encoding(side.encoding)(device)
@@ -171,13 +174,19 @@ def _decode(side: Side, tensors: Tensors) -> Work:
     raw = raw or (side.backend == "auto" and ww.cache_form(spec, device) == "raw")
     at = torch.arange(case.length, device=device)
     keys, values = tensors.cache(None if raw else side.encoding)
-    asked = spec if raw else spec.encoded()
-    queries = tensors.q if raw else ww.encode_queries(tensors.q, spec, at[-1:])
-    chosen = _explain(side, queries, keys, values, asked, case)
+    keys = ww.unturned(keys, spec) if raw else keys
+    asked = spec.unturned() if raw else spec.encoded()
+
+    def query() -> Tensor:
+        if raw:
+            return ww.unturned(tensors.q, spec)
+        return ww.encode_queries(tensors.q, spec, at[-1:])
+
+    chosen = _explain(side, query(), keys, values, asked, case)
 
     def run() -> Tensor:
         with torch.no_grad():
-            q = tensors.q if raw else ww.encode_queries(tensors.q, spec, at[-1:])
+            q = query()
             return ww.attention(q, keys, values, asked, causal=True, backend=side.backend)
 
     return Work(
