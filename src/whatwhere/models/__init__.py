@@ -8,6 +8,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from whatwhere.models.cache import LayerCache
 from whatwhere.models.configuration import WhatWhereConfig
+from whatwhere.models.conversion import (
+    Convertibility,
+    NotConvertibleError,
+    convert,
+    convertible,
+)
 from whatwhere.models.modeling import WhatWhereForCausalLM, WhatWhereModel
 from whatwhere.models.presets import PRESETS, preset
 
@@ -17,9 +23,13 @@ AutoModelForCausalLM.register(WhatWhereConfig, WhatWhereForCausalLM, exist_ok=Tr
 
 __all__ = [
     "PRESETS",
+    "Convertibility",
     "LayerCache",
+    "NotConvertibleError",
     "WhatWhereConfig",
     "WhatWhereForCausalLM",
     "WhatWhereModel",
+    "convert",
+    "convertible",
     "preset",
 ]

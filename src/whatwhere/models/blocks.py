@@ -61,7 +61,7 @@ class WhatWhereAttention(nn.Module):
         spec = self.encoding(q.device)
         query_positions, key_positions = layout.at(spec)
         if cache is not None:
-            if choose_form(self.config, spec, q.device)[0] == "encoded":
+            if choose_form(self.config.cache_form, spec, q.device)[0] == "encoded":
                 q = encode_queries(q, spec, layout.positions)
                 k = encode_keys(k, spec, layout.positions)
                 spec = spec.encoded()

@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 
 from whatwhere.attention import cache_form
-from whatwhere.models.configuration import WhatWhereConfig
 from whatwhere.spec import ScoreSpec
 
 Form = Literal["encoded", "raw"]
@@ -49,19 +48,17 @@ class LayerCache:
         )
 
 
-def choose_form(
-    config: WhatWhereConfig, spec: ScoreSpec, device: torch.device
-) -> tuple[Form, str]:
+def choose_form(wanted: str, spec: ScoreSpec, device: torch.device) -> tuple[Form, str]:
     """The form of keys that a layer's cache keeps on a device, and why.
 
     Args:
-        config: ``cache_form`` decides unless it is ``"auto"``.
+        wanted: ``cache_form`` of the config; decides unless it is ``"auto"``.
         spec: The layer's score.
         device: Where decoding takes place.
     """
-    if config.cache_form == "encoded":
+    if wanted == "encoded":
         return "encoded", "cache_form='encoded' in the config"
-    if config.cache_form == "raw":
+    if wanted == "raw":
         return "raw", "cache_form='raw' in the config"
     if spec.feature == "identity":
         return "encoded", "this encoding leaves keys as they are, both forms are the same"
@@ -72,15 +69,26 @@ def choose_form(
 
 
 def report_layer(
-    config: WhatWhereConfig, layer: int, spec: ScoreSpec, device: torch.device
+    wanted: str,
+    layer: int,
+    encoding: str,
+    spec: ScoreSpec,
+    device: torch.device,
+    key_heads: int,
+    head_dim: int,
 ) -> LayerCache:
-    """What the cache of one layer keeps on a device."""
-    form, reason = choose_form(config, spec, device)
-    width = spec.feature_dim(config.head_dim) if form == "encoded" else config.head_dim
-    return LayerCache(
-        layer=layer,
-        encoding=config.layer_encodings[layer][0],
-        form=form,
-        numbers_per_token=config.num_key_value_heads * (width + config.head_dim),
-        reason=reason,
-    )
+    """What the cache of one layer keeps on a device.
+
+    Args:
+        wanted: As for `choose_form`.
+        layer: Its index.
+        encoding: Name of its position encoding.
+        spec: Its score.
+        device: Where decoding takes place.
+        key_heads: ``G``.
+        head_dim: ``D``.
+    """
+    form, reason = choose_form(wanted, spec, device)
+    width = spec.feature_dim(head_dim) if form == "encoded" else head_dim
+    numbers = key_heads * (width + head_dim)
+    return LayerCache(layer, encoding, form, numbers, reason)

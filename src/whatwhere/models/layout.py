@@ -31,6 +31,12 @@ class Layout:
     segments: Tensor | None = None
     fresh: bool = True
 
+    def to(self, device: torch.device) -> Layout:
+        """On another device, for models whose layers lie on several."""
+        tensors = (self.query_positions, self.key_positions, self.key_mask, self.segments)
+        moved = (None if x is None else x.to(device) for x in tensors)
+        return Layout(self.positions.to(device), *moved, fresh=self.fresh)
+
     def at(self, spec: ScoreSpec) -> tuple[Tensor | None, Tensor | None]:
         """Positions of queries and keys for one layer's scores.
 
@@ -53,6 +59,7 @@ def lay_out(
     position_ids: Tensor | None = None,
     segment_ids: Tensor | None = None,
     past_key_values: Cache | None = None,
+    layer: int = 0,
 ) -> Layout:
     """Work out the `Layout` of a forward pass.
 
@@ -69,6 +76,7 @@ def lay_out(
         position_ids: ``(T,)``, ``(1, T)`` or ``(B, T)``.
         segment_ids: ``(B, T)``, the document of each token.
         past_key_values: The cache, before this pass has added to it.
+        layer: Whose keys; those of a sliding window are fewer than others.
 
     Raises:
         ValueError: If an argument has the wrong shape or dtype, or documents meet a cache.
@@ -82,10 +90,11 @@ def lay_out(
         _check(position_ids, "position_ids", ((batch, length), (1, length), (length,)))
         position_ids = position_ids.reshape(-1, length).to(device)
         position_ids = position_ids[0] if position_ids.shape[0] == 1 else position_ids
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if past_key_values is None else past_key_values.get_seq_length(layer)
     if past_key_values is not None and not (isinstance(past, int) and past == 0):
         mask = _mask(attention_mask, batch, None, device)
-        return _continued(length, device, mask, position_ids, past_key_values, past)
+        sizes = past_key_values.get_mask_sizes(length, layer)
+        return _continued(length, device, mask, position_ids, sizes, past)
     if isinstance(attention_mask, Tensor) and past_key_values is not None:
         attention_mask = attention_mask[..., :length]  # a static cache's mask reaches to its end
     mask = _mask(attention_mask, batch, length, device)
@@ -151,15 +160,16 @@ def _continued(
     device: torch.device,
     mask: Tensor | None,
     position_ids: Tensor | None,
-    cache: Cache,
+    sizes: tuple[int, int],
     past: int | Tensor,
 ) -> Layout:
     """Layout of tokens that follow cached ones.
 
     Without padding tokens stand at their slots in the cache; with it at what the mask counts, so
-    that causality and distances are those of the pass without a cache.
+    that causality and distances are those of the pass without a cache. ``sizes`` are the keys
+    there will be, and the slot of the first.
     """
-    total, offset = cache.get_mask_sizes(length, 0)
+    total, offset = sizes
     at = past.to(device) if isinstance(past, Tensor) else past
     slots = torch.arange(length, device=device) + at
     if mask is not None and device.type == "cpu" and not torch.compiler.is_compiling():

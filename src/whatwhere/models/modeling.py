@@ -200,8 +200,17 @@ class WhatWhereModel(WhatWherePreTrainedModel):
             device: Where decoding takes place; by default where the model lies.
         """
         target = self.device if device is None else torch.device(device)
+        config, names = self.config, self.config.layer_encodings
+        sizes = (config.num_key_value_heads, config.head_dim)
         return [
-            report_layer(self.config, index, layer.self_attn.encoding(self.device), target)
+            report_layer(
+                config.cache_form,
+                index,
+                names[index][0],
+                layer.self_attn.encoding(self.device),
+                target,
+                *sizes,
+            )
             for index, layer in enumerate(self.blocks)
         ]
 
