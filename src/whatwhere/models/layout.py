@@ -33,9 +33,18 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """On another device, for models whose layers lie on several."""
-        tensors = (self.query_positions, self.key_positions, self.key_mask, self.segments)
-        moved = (None if x is None else x.to(device) for x in tensors)
-        return Layout(self.positions.to(device), *moved, fresh=self.fresh)
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        return Layout(
+            self.positions.to(device),
+            query_positions=moved(self.query_positions),
+            key_positions=moved(self.key_positions),
+            key_mask=moved(self.key_mask),
+            segments=moved(self.segments),
+            fresh=self.fresh,
+        )
 
     def at(self, spec: ScoreSpec) -> tuple[Tensor | None, Tensor | None]:
         """Positions of queries and keys for one layer's scores.

@@ -84,6 +84,7 @@ def lay_out_layers(
     Raises:
         ValueError: If arguments do not fit one another.
     """
+    ends = _ends(rotations, length, past_key_values)
     layouts: dict[int, Layout] = {}
     tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     steps = []
@@ -93,7 +94,7 @@ def lay_out_layers(
                 batch,
                 length,
                 like.device,
-                attention_mask=attention_mask,
+                attention_mask=_as_far(attention_mask, ends, kind),
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 layer=kind,
@@ -108,6 +109,22 @@ def lay_out_layers(
         steps.append(Step(layout, *tables[index, kind], turned=bool(rotations.frequencies[index])))
     positions = steps[0].layout.positions
     return tuple(steps), positions if positions.ndim == 2 else positions[None]
+
+
+def _ends(rotations: Rotations, length: int, cache: Cache | None) -> dict[int, int]:
+    """How many slots each kind of layer will have gone through."""
+    if cache is None:
+        return {}
+    return {kind: sum(cache.get_mask_sizes(length, kind)) for kind in set(rotations.first_of_kind)}
+
+
+def _as_far(attention_mask: Any, ends: dict[int, int], kind: int) -> Any:
+    """The mask without the slots that a static cache has for other layers alone."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or not ends:
+        return attention_mask
+    width = attention_mask.shape[1]
+    longer = ends[kind] < width <= max(ends.values())
+    return attention_mask[:, : ends[kind]] if longer else attention_mask
 
 
 def _falls_back(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
