@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 from whatwhere.encodings import Encoding
 from whatwhere.models.blocks import ResidualLinear, WhatWhereBlock
 from whatwhere.models.cache import LayerCache, report_layer
+from whatwhere.models.checkpoints import Checkpoints, Shim
 from whatwhere.models.configuration import WhatWhereConfig
 from whatwhere.models.layer_encodings import (
     make_absolute_encoding,
@@ -30,7 +31,7 @@ from whatwhere.models.layer_encodings import (
 from whatwhere.models.layout import lay_out
 
 
-class WhatWherePreTrainedModel(PreTrainedModel):
+class WhatWherePreTrainedModel(Checkpoints, PreTrainedModel):
     """What both models share: initialisation and loading."""
 
     config_class = WhatWhereConfig
@@ -55,28 +56,10 @@ class WhatWherePreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, except that weights of a wrong shape are a `ValueError`.
-
-        Raises:
-            ValueError: If a weight's shape is not the one the config asks for, unless
-                ``ignore_mismatched_sizes=True``.
-        """
-        tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-        )
-        wrong = sorted(info["mismatched_keys"])
-        if wrong and not tolerant:
-            name, got, expected = wrong[0]
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise ValueError(
-                f"{name} has shape {tuple(got)} in the checkpoint: expected {tuple(expected)}, "
-                f"which is what its config asks for{more}"
-            )
-        return (model, info) if wants_info else model
+    def shim(self) -> Shim:
+        """What opens a checkpoint of this model for programs that do not import us."""
+        names = ("WhatWhereConfig", "WhatWhereModel", "WhatWhereForCausalLM")
+        return Shim(*names, f"from whatwhere.models import {', '.join(names)}\n")
 
 
 class WhatWhereModel(WhatWherePreTrainedModel):

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from whatwhere.encodings import Encoding, make
 from whatwhere.models.cache import LayerCache, report_layer
+from whatwhere.models.checkpoints import Checkpoints, Shim
 from whatwhere.models.conversion.forward import (
     ENCODING,
     IMPLEMENTATION,
@@ -47,6 +48,7 @@ class ConvertedFields:
 
     Attributes:
         base_model_type: The model type that it was.
+        base_model: Name of the model that it was, if that had one.
         position_encoding: A name in `whatwhere.ENCODINGS` for all layers, or one for each.
         position_encoding_options: Options of the encoding, all that the model itself decides
             (``base``, say) included; or a dict for each layer.
@@ -60,6 +62,7 @@ class ConvertedFields:
     model_type: ClassVar[str] = MODEL_TYPE
 
     base_model_type: str = ""
+    base_model: str | None = None
     position_encoding: str | list[str] = "rope"
     position_encoding_options: dict[str, Any] | list[dict[str, Any]] | None = None
     train_length: int | None = None
@@ -103,13 +106,12 @@ class ConvertedConfig(PreTrainedConfig):
         Raises:
             ValueError: If there is no such model type.
         """
-        base = config_dict.get("base_model_type")
-        if base not in CONFIG_MAPPING:
-            raise ValueError(
-                f"base_model_type={base!r} in the config of a converted model: this transformers "
-                "has no such model type"
-            )
-        return config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+        head, _ = classes_for(config_dict.get("base_model_type", ""))
+        return cast(Any, head).config_class.from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: see `Checkpoints`."""
 
 
 def _no_frequencies(config: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
@@ -122,10 +124,23 @@ ROPE_TYPE = "whatwhere"
 ROPE_INIT_FUNCTIONS[ROPE_TYPE] = _no_frequencies
 
 
-class Converted:
+class Converted(Checkpoints):
     """What decoders and models of both kinds share; comes before transformers' class."""
 
     config: Any
+
+    def shim(self) -> Shim:
+        """What opens a checkpoint of this model for programs that do not import us."""
+        base = self.config.base_model_type
+        head, decoder = (made.__name__ for made in classes_for(base))
+        module = __name__
+        return Shim(
+            ConvertedConfig.__name__,
+            decoder,
+            head,
+            f"from {module} import ConvertedConfig, classes_for\n\n"
+            f'{head}, {decoder} = classes_for("{base}")\n',
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers asks the nearest of its models, for each module it has no weights of.
@@ -335,6 +350,21 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         derived = _derive((mixin, registered(base, mapping)), config_class=made)
         auto.register(made, derived, exist_ok=True)
     return made
+
+
+def classes_for(base_model_type: str) -> tuple[type, type]:
+    """The causal language model and the decoder of converted models of a kind.
+
+    Raises:
+        ValueError: If this transformers has no such model type.
+    """
+    if base_model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"base_model_type={base_model_type!r} of a converted model: this transformers has no "
+            "such model type"
+        )
+    made = config_class(CONFIG_MAPPING[base_model_type])
+    return registered(made, MODEL_FOR_CAUSAL_LM_MAPPING), registered(made, MODEL_MAPPING)
 
 
 def _derive(bases: tuple[type, ...], **attributes: Any) -> type:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -170,9 +171,12 @@ def _write_config(
     backend: str,
     cache_form: str,
 ) -> None:
-    before = config.model_type
+    before, came_from = config.model_type, str(getattr(config, "_name_or_path", "") or "")
     config.__class__ = made
     config.base_model_type = before
+    # A folder on somebody's disk is nobody else's business.
+    is_folder = Path(came_from).exists() or came_from.count("/") > 1
+    config.base_model = (Path(came_from).name if is_folder else came_from) or None
     names, given = [name for name, _ in entries], [some for _, some in entries]
     same = all(entry == entries[0] for entry in entries)
     config.position_encoding = names[0] if same else names
