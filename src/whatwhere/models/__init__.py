@@ -13,6 +13,8 @@ from whatwhere.models.conversion import (
     NotConvertibleError,
     convert,
     convertible,
+    from_transformers,
+    to_transformers,
 )
 from whatwhere.models.modeling import WhatWhereForCausalLM, WhatWhereModel
 from whatwhere.models.presets import PRESETS, preset
@@ -31,5 +33,7 @@ __all__ = [
     "WhatWhereModel",
     "convert",
     "convertible",
+    "from_transformers",
     "preset",
+    "to_transformers",
 ]

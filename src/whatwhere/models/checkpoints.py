@@ -156,7 +156,7 @@ def make_card(model: Any) -> ModelCard:
     kind = getattr(config, "base_model_type", None)
     told += [("converted from", f"{base or 'a model'} (`{kind}`)")] if kind else []
     told += [("training length of the encoding", f"{length} tokens")]
-    told += [("longest sequences trained on", f"{config.max_position_embeddings} tokens")]
+    told += [("`max_position_embeddings`", f"{config.max_position_embeddings} tokens")]
     rows = "\n".join(f"| {what} | {value} |" for what, value in told)
     text = (
         f"# {type(model).__name__}\n\n| | |\n|---|---|\n{rows}\n\n"

@@ -77,9 +77,23 @@ def convert(
     length = getattr(config, "max_position_embeddings", None)
     length = length if train_length is None else train_length
     entries = [_resolve(parts, layer, encoding, given) for layer in range(len(parts.attentions))]
+    return give_encodings(model, parts, entries, length, backend, cache_form)
+
+
+def give_encodings(
+    model: PreTrainedModel,
+    parts: Parts,
+    entries: list[tuple[str, dict[str, Any]]],
+    length: int | None,
+    backend: str,
+    cache_form: str,
+) -> PreTrainedModel:
+    """Convert a model whose parts were found, each layer to an encoding of its own."""
+    config = cast(Any, model.config)
     encodings = make_encodings(parts, entries, length)
     if any(len(made.frequencies) > 1 for made in encodings):
-        raise ValueError(f"encoding {encoding!r} has several position axes: text has one")
+        names = ", ".join({name for name, _ in entries})
+        raise ValueError(f"encoding {names} with several position axes: text has one")
     kind: Any = type(config)
     made = config_class(kind)
     decoder_config = cast(Any, parts.decoder.config)
