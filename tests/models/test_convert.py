@@ -92,7 +92,9 @@ def oracle(family, encoding, model):
     own = {"gpt_neox": HEAD_DIM // 4 // 2}.get(family, HEAD_DIM // 2)
     layers = [m for m in parts.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     ours = [
-        m for m in model.base_model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")
+        m
+        for m in model.base_model.modules()
+        if hasattr(m, "layer_idx") and hasattr(m, "is_causal")
     ]
     runs = {}
     for module, other in zip(layers, ours, strict=True):
@@ -160,9 +162,9 @@ def test_options_that_the_model_decides():
     model = wm.convert(stock("gemma3_text"), "pope")
     bases = [given["base"] for _, given in model.config.layer_encodings]
     assert bases == [10_000.0, 1_000_000.0], "each kind of layer keeps its own"
-    assert [m.position_encoding.scale for m in (layer.self_attn for layer in model.model.layers)] == [
-        pytest.approx(12**-0.5)
-    ] * 2
+    assert [
+        m.position_encoding.scale for m in (layer.self_attn for layer in model.model.layers)
+    ] == [pytest.approx(12**-0.5)] * 2
     model = wm.convert(stock("gpt_neox"), "rope")
     assert model.config.position_encoding_options == {"base": 10_000.0, "fraction": 0.25}
     model = wm.convert(stock("smollm3"), "pope")

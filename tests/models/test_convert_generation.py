@@ -103,9 +103,7 @@ def test_logits_in_pieces(family, container, form):
         parts, start = [], 0
         for size in (3, 1, 1, length - 5):
             stop = start + size
-            step = model(
-                IDS[:, start:stop], attention_mask=LEFT[:, :stop], past_key_values=cache
-            )
+            step = model(IDS[:, start:stop], attention_mask=LEFT[:, :stop], past_key_values=cache)
             assert step.past_key_values is cache
             parts.append(step.logits)
             start = stop
