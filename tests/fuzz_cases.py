@@ -36,6 +36,7 @@ class Case:
         given: Options of the encoding, as pairs.
         form: ``"raw"``, ``"unturned"`` or ``"encoded"`` queries and keys.
         slopes: Whether slopes are added to whatever the encoding is.
+        softcap: Of the scores.
         dtype: Of queries, keys and values.
         learned: Dtype of phase and slopes.
         batch: ``B``.
@@ -66,6 +67,7 @@ class Case:
     given: tuple[tuple[str, Any], ...] = ()
     form: str = "raw"
     slopes: bool = False
+    softcap: float | None = None
     dtype: str = "float64"
     learned: str = "float32"
     batch: int = 1
@@ -226,7 +228,7 @@ def spec_of(case: Case, rng: np.random.Generator) -> ww.ScoreSpec:
     )
     with torch.no_grad():
         spec = encoding()
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"softcap": case.softcap}
     if spec.phase is not None:
         phase = -rng.random(tuple(spec.phase.shape)) * 2 * math.pi
         changes["phase"] = torch.from_numpy(phase).to(DTYPES[case.learned])
@@ -322,11 +324,18 @@ POOLS: dict[str, tuple[Any, ...]] = {
 HIDDEN = ["", "", "", "half", "few", "none", "one", "padding", "blind"]
 DOCUMENTS = ["", "", "", "sorted", "unsorted", "negative"]
 PLACES = ["run", "shuffled", "gaps", "duplicates", "negative", "huge"]
+SOFTCAPS = (None, None, None, None, 0.2, 2, 50.0)
 NAMES = [*ww.ENCODINGS, "pope", "pope", "pope-id", "rope"]
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtypes: tuple[str, ...], most: int = 80, heads: int = 15) -> Case:
+def cases(
+    draw: st.DrawFn,
+    dtypes: tuple[str, ...],
+    most: int = 80,
+    heads: int = 15,
+    softcaps: tuple[float | None, ...] = SOFTCAPS,
+) -> Case:
     """Any call.
 
     Args:
@@ -334,6 +343,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...], most: int = 80, heads: int =
         dtypes: To choose from.
         most: Longest length.
         heads: Most heads of a batch.
+        softcaps: To choose from.
     """
     few, many = st.integers(1, 9), st.integers(10, most)
     length, total = draw(st.sampled_from([(few, few), (few, many), (many, many), (few, few)]))
@@ -373,6 +383,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...], most: int = 80, heads: int =
         given=tuple(given.items()),
         form=draw(st.sampled_from(["raw", "raw", "raw", "unturned", "encoded"])),
         slopes=draw(st.integers(0, 5)) == 0,
+        softcap=draw(st.sampled_from(softcaps)),
         dtype=dtype,
         learned=draw(st.sampled_from(["float32", "float64", "bfloat16", dtype])),
         batch=batch * (empty != "batch"),
