@@ -19,7 +19,8 @@ from torch import Tensor
 import whatwhere as ww
 from encoding_cases import BACKENDS, refusal
 from error_bounds import bounds, widest
-from fuzz_cases import DTYPES, NAN, SOFTCAPS, Case, Made, cases, make
+from fuzz_cases import DTYPES, SOFTCAPS, Case, Made, cases, make
+from fuzz_layouts import NAN
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
