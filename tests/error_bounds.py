@@ -79,6 +79,13 @@ def _bounds(call: Call, dtype: torch.dtype, flow: Tensor | None) -> Bounds:
     # Of either side a magnitude and then its feature are rounded; in decoding a key turns twice.
     terms = 4 * of_q.shape[-1] + 16
     off = of_q @ of_k.mT * spec.scale * (2 * once + terms * single) + 4 * single
+    steep, off_steep = torch.ones(()), 0.0
+    if spec.softcap is not None:
+        # tanh is nowhere steeper than 1, and its derivative, 1 - tanh^2, than 0.77.
+        bent = torch.tanh(scores / spec.softcap)
+        scores, steep = bent * spec.softcap, 1 - bent.square()
+        off_steep = (off / spec.softcap).clamp(max=1.0) + 8 * single
+        off = off.clamp(max=2 * spec.softcap) + 4 * single * scores.abs()
     ahead = (call.query_positions[..., None, 0] - call.key_positions[:, None, :, 0])[:, None]
     if spec.slopes is not None:
         scores = scores + slope_bias(call, torch.float64)
@@ -101,8 +108,11 @@ def _bounds(call: Call, dtype: torch.dtype, flow: Tensor | None) -> Bounds:
     slope = weights * (pull - mean)
     off_slope = (change + weights) * (off_pull + off_mean) + change * (pull - mean).abs()
     off_slope = off_slope + slope.abs() * once + torch.where(seen, tiny, 0.0)
-    slope = slope.abs()
     many = length * groups + total + 16
+    # Slopes come after the cap, queries and keys before it.
+    steps = ((off_slope + slope.abs() * length * many * single) * ahead.abs()).sum((0, 2, 3))
+    off_slope = off_slope * steep + (slope.abs() + off_slope) * off_steep
+    slope = slope.abs() * steep
     least = tiny * many * (1 + _top(of_q) + _top(of_k)) * 4
 
     def through(change: Tensor, exact: Tensor, features: Tensor) -> Tensor:
@@ -116,7 +126,6 @@ def _bounds(call: Call, dtype: torch.dtype, flow: Tensor | None) -> Bounds:
     to_q = through(off_slope, slope, of_k)
     to_k = through(off_slope.mT, slope.mT, of_q).unflatten(1, (-1, groups)).sum(2)
     to_v = change.mT @ flow.abs() + weights.mT @ flow.abs() * (2 * once + many * single)
-    steps = ((off_slope + slope * length * many * single) * ahead.abs()).sum((0, 2, 3))
     phase = to_q.new_zeros(0)
     if spec.phase is not None:
         turning = spec.num_turning

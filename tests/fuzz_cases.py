@@ -14,9 +14,9 @@ from torch import Tensor
 
 import whatwhere as ww
 from encoding_cases import REQUIRED, TRAIN_LENGTH
+from fuzz_layouts import LAYOUTS, NAN
 from whatwhere.encodings import options
 
-NAN = float("nan")
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -36,6 +36,7 @@ class Case:
         given: Options of the encoding, as pairs.
         form: ``"raw"``, ``"unturned"`` or ``"encoded"`` queries and keys.
         slopes: Whether slopes are added to whatever the encoding is.
+        softcap: Of the scores.
         dtype: Of queries, keys and values.
         learned: Dtype of phase and slopes.
         batch: ``B``.
@@ -66,6 +67,7 @@ class Case:
     given: tuple[tuple[str, Any], ...] = ()
     form: str = "raw"
     slopes: bool = False
+    softcap: float | None = None
     dtype: str = "float64"
     learned: str = "float32"
     batch: int = 1
@@ -89,51 +91,6 @@ class Case:
     index: str = "int64"
     wanted: tuple[str, ...] = ()
     flow: str = "plain"
-
-
-def _among(x: Tensor, *places: slice) -> Tensor:
-    """A larger tensor of NaN that holds ``x`` at ``places``."""
-    sizes = [n if at.step is None and at.start is None else 2 * n + 3 for n, at in
-             zip(x.shape, places, strict=True)]  # fmt: skip
-    held = torch.full(sizes, NAN, dtype=x.dtype)
-    held[tuple(_cut(places, x))] = x
-    return held
-
-
-def _cut(places: tuple[slice, ...], x: Tensor) -> list[slice]:
-    return [
-        at if at.start is None else slice(at.start, at.start + n * (at.step or 1), at.step or 1)
-        for n, at in zip(x.shape, places, strict=True)
-    ]
-
-
-def _sliced(*places: slice) -> tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]:
-    return (
-        lambda x: _among(x, *places),
-        lambda held, shape: held[tuple(_cut(places, torch.empty(shape, device="meta")))],
-    )
-
-
-ALL, ODD, INNER = slice(None), slice(1, None, 2), slice(2, None)
-# The numbers as they lie in memory, and how to see them as (B, heads, length, channels).
-LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
-    "plain": (lambda x: x.clone(), lambda held, shape: held.view_as(held)),
-    "lengths first": (
-        lambda x: x.transpose(1, 2).contiguous(),
-        lambda held, shape: held.transpose(1, 2),
-    ),
-    "channels first": (lambda x: x.mT.contiguous(), lambda held, shape: held.mT),
-    "reversed": (
-        lambda x: x.permute(3, 2, 1, 0).contiguous(),
-        lambda held, shape: held.permute(3, 2, 1, 0),
-    ),
-    "every other channel": _sliced(ALL, ALL, ALL, ODD),
-    "every other row": _sliced(ALL, ALL, ODD, ALL),
-    "from within": _sliced(ALL, INNER, INNER, INNER),
-    "one batch": (lambda x: x[:1].clone(), lambda held, shape: held.expand(shape)),
-    "one head": (lambda x: x[:, :1].clone(), lambda held, shape: held.expand(shape)),
-    "one row": (lambda x: x[:, :, :1].clone(), lambda held, shape: held.expand(shape)),
-}
 
 
 def place(kind: str, rng: np.random.Generator, size: tuple[int, ...], total: int) -> np.ndarray:
@@ -226,7 +183,7 @@ def spec_of(case: Case, rng: np.random.Generator) -> ww.ScoreSpec:
     )
     with torch.no_grad():
         spec = encoding()
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"softcap": case.softcap}
     if spec.phase is not None:
         phase = -rng.random(tuple(spec.phase.shape)) * 2 * math.pi
         changes["phase"] = torch.from_numpy(phase).to(DTYPES[case.learned])
@@ -322,11 +279,18 @@ POOLS: dict[str, tuple[Any, ...]] = {
 HIDDEN = ["", "", "", "half", "few", "none", "one", "padding", "blind"]
 DOCUMENTS = ["", "", "", "sorted", "unsorted", "negative"]
 PLACES = ["run", "shuffled", "gaps", "duplicates", "negative", "huge"]
+SOFTCAPS = (None, None, None, None, 0.2, 2, 50.0)
 NAMES = [*ww.ENCODINGS, "pope", "pope", "pope-id", "rope"]
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtypes: tuple[str, ...], most: int = 80, heads: int = 15) -> Case:
+def cases(
+    draw: st.DrawFn,
+    dtypes: tuple[str, ...],
+    most: int = 80,
+    heads: int = 15,
+    softcaps: tuple[float | None, ...] = SOFTCAPS,
+) -> Case:
     """Any call.
 
     Args:
@@ -334,6 +298,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...], most: int = 80, heads: int =
         dtypes: To choose from.
         most: Longest length.
         heads: Most heads of a batch.
+        softcaps: To choose from.
     """
     few, many = st.integers(1, 9), st.integers(10, most)
     length, total = draw(st.sampled_from([(few, few), (few, many), (many, many), (few, few)]))
@@ -373,6 +338,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...], most: int = 80, heads: int =
         given=tuple(given.items()),
         form=draw(st.sampled_from(["raw", "raw", "raw", "unturned", "encoded"])),
         slopes=draw(st.integers(0, 5)) == 0,
+        softcap=draw(st.sampled_from(softcaps)),
         dtype=dtype,
         learned=draw(st.sampled_from(["float32", "float64", "bfloat16", dtype])),
         batch=batch * (empty != "batch"),

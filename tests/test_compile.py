@@ -99,9 +99,12 @@ def test_operators_of_our_own_are_registered_in_full() -> None:
         x.requires_grad_()
     at, mask = torch.randperm(50), torch.rand(2, 50) < 0.7
     placed = (at[None, :40, None], at[None, :, None], mask, None)
-    for causal, given, bias in ((True, (None,) * 4, None), (False, placed, slopes)):
+    for causal, given, bias, softcap in (
+        (True, (None,) * 4, None, 0.0),
+        (False, placed, slopes, 0.7),
+    ):
         tensors_ = (q, k, v, spec.inv_freq, phase, bias, *given)
-        rest = ("polar", "softplus", 6, 0.3, 0, causal, 0)
+        rest = ("polar", "softplus", 6, 0.3, 0, causal, 0, softcap)
         found = torch.library.opcheck(torch.ops.whatwhere.rows_forward, (*tensors_, *rest))
         assert set(found.values()) == {"SUCCESS"}
         with torch.no_grad():

@@ -259,7 +259,7 @@ def test_the_loop_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = make_spec("pope", 16, 2)
     p = rows.Problem(
         *(q, k, k, spec.inv_freq, spec.phase, None, None, None, None, None),
-        *("polar", "softplus", 16, 0.25, 0, True, 0),
+        *("polar", "softplus", 16, 0.25, 0, True, 0, 0.0),
     )
     assert not loop.wanted(p, 30)
     assert loop.wanted(p, 2**28)

@@ -19,7 +19,8 @@ from torch import Tensor
 import whatwhere as ww
 from encoding_cases import BACKENDS, refusal
 from error_bounds import bounds, widest
-from fuzz_cases import DTYPES, NAN, Case, Made, cases, make
+from fuzz_cases import DTYPES, SOFTCAPS, Case, Made, cases, make
+from fuzz_layouts import NAN
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -159,13 +160,20 @@ def refused(made: Made, wanted: tuple[str, ...], backend: str) -> str | None:
     return None
 
 
+def softcaps(backend: str) -> tuple[float | None, ...]:
+    """Those it takes: calls that are refused would check nothing else."""
+    q = torch.zeros(1, 1, 2, 2)
+    spec = ww.ScoreSpec("identity", 1.0, softcap=1.0)
+    return (None,) if backend in ww.explain(q, q, q, spec).refused else SOFTCAPS
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_any_call_is_within_rounding_of_float64(backend: str) -> None:
     count = {"flex": 70}.get(backend, 1500)
 
     @fuzz(count)
     @once_wrong
-    @given(case=cases(TAKEN[backend]))
+    @given(case=cases(TAKEN[backend], softcaps=softcaps(backend)))
     def run(case: Case) -> None:
         check(case, backend)
 
@@ -176,7 +184,7 @@ def test_any_call_is_within_rounding_of_float64(backend: str) -> None:
 def test_any_small_call_is_within_rounding_of_float64(backend: str) -> None:
     @fuzz(60)
     @once_wrong
-    @given(case=cases(TAKEN[backend], most=36, heads=2))
+    @given(case=cases(TAKEN[backend], most=36, heads=2, softcaps=softcaps(backend)))
     def run(case: Case) -> None:
         check(case, backend)
 
@@ -205,7 +213,7 @@ def test_auto_is_the_backend_that_explain_names(case: Case) -> None:
 
 
 @st.composite
-def caches(draw: st.DrawFn) -> dict[str, Any]:
+def caches(draw: st.DrawFn, backend: str) -> dict[str, Any]:
     """A paged cache: pages in any order, lengths from nothing to full, odd sizes."""
     batch, page, count = draw(st.integers(0, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
     return {
@@ -219,6 +227,7 @@ def caches(draw: st.DrawFn) -> dict[str, Any]:
             name=draw(st.sampled_from(list(ww.ENCODINGS))),
             given=draw(st.sampled_from([(), (("temperature_length", 3),)])),
             slopes=draw(st.booleans()),
+            softcap=draw(st.sampled_from(softcaps(backend))),
             batch=batch,
             shared=draw(st.integers(1, 2)),
             groups=draw(st.integers(1, 3)),
@@ -282,7 +291,7 @@ def test_pages_are_the_cache_they_hold(backend: str) -> None:
     dtypes = TAKEN.get(backend, tuple(DTYPES))
 
     @fuzz({"flex": 30}.get(backend, 20 if backend in SLOW else 150))
-    @given(cache=caches(), dtype=st.sampled_from(dtypes))
+    @given(cache=caches(backend), dtype=st.sampled_from(dtypes))
     def run(cache: dict[str, Any], dtype: str) -> None:
         check_pages(cache, backend, dtype)
 

@@ -43,6 +43,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         ROTATE | {"inv_freq": FREQUENCIES.expand(2, 3), "temperature_length": 9},
         "temperature_length",
     ),
+    "softcap 0": (IDENTITY | {"softcap": 0.0}, "softcap"),
+    "softcap negative": (ROTATE | {"softcap": -50.0}, "softcap"),
+    "softcap nan": (POLAR | {"softcap": math.nan}, "softcap"),
+    "softcap inf": (IDENTITY | {"softcap": math.inf}, "softcap"),
+    "softcap of text": (IDENTITY | {"softcap": "50"}, "softcap"),
+    "softcap of a tensor": (IDENTITY | {"softcap": torch.tensor(50.0)}, "softcap"),
     "turning": (POLAR | {"turning": 4}, "turning"),
     "turning negative": (POLAR | {"turning": -1}, "turning"),
 }
@@ -135,11 +141,12 @@ def test_turning_keeps_the_phase_of_channels_that_do_not_turn() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_encoded_spec_leaves_scale_and_slopes(case: str) -> None:
-    spec = make_spec(case)
+def test_encoded_spec_leaves_scale_softcap_and_slopes(case: str) -> None:
+    spec = dataclasses.replace(make_spec(case), softcap=30.0)
     encoded = spec.encoded()
     assert encoded.feature == "identity"
     assert encoded.scale == spec.scale
+    assert encoded.softcap == spec.unturned().softcap == 30.0
     assert encoded.inv_freq is None
     assert encoded.phase is None
     assert encoded.temperature_length is None

@@ -36,7 +36,8 @@ class ScoreSpec:
       phase_c)`` over R channels, ``m`` being ``magnitude``;
 
     plus ``q_c k_c`` for the channels beyond those, which pass through; times ``scale``, times
-    ``(0.1 ln(n / L) + 1)^2`` where ``n = t + 1`` exceeds ``L = temperature_length``; minus
+    ``(0.1 ln(n / L) + 1)^2`` where ``n = t + 1`` exceeds ``L = temperature_length``; then, with a
+    ``softcap``, ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118); minus
     ``slopes * (t - s)``.
 
     Attributes:
@@ -54,6 +55,9 @@ class ScoreSpec:
             and the number is known; ``None`` says nothing. A promise of the encoding that lets
             backends skip the rotation of the rest: it changes the cost of a score, never its
             value.
+        softcap: Bound that scores approach but never pass, 50 in Gemma 2, or ``None``. No
+            encoding sets it: ``dataclasses.replace(spec, softcap=50.0)`` does. Slopes and masks
+            come after it.
 
     Raises:
         ValueError: If the fields contradict one another.
@@ -67,6 +71,7 @@ class ScoreSpec:
     slopes: Tensor | None = None
     temperature_length: int | None = None
     turning: int | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.feature not in get_args(Feature):
@@ -75,8 +80,12 @@ class ScoreSpec:
             raise ValueError(
                 f"magnitude={self.magnitude!r}: expected one of {get_args(Magnitude)}"
             )
-        if not isinstance(self.scale, (int, float)) or not 0 < self.scale < float("inf"):
+        if not _positive(self.scale):
             raise ValueError(f"scale={self.scale!r}: expected a positive, finite number")
+        if self.softcap is not None and not _positive(self.softcap):
+            raise ValueError(
+                f"softcap={self.softcap!r}: expected a positive, finite number or None"
+            )
         self._check_frequencies()
         self._check_phase_and_slopes()
         if self.temperature_length is not None:
@@ -163,7 +172,7 @@ class ScoreSpec:
     def encoded(self) -> ScoreSpec:
         """The spec of queries and keys that have been through `encode_queries`/`encode_keys`.
 
-        What is left is an inner product, the scale and the slopes.
+        What is left is an inner product, the scale, the softcap and the slopes.
         """
         return replace(
             self,
@@ -174,3 +183,7 @@ class ScoreSpec:
             temperature_length=None,
             turning=None,
         )
+
+
+def _positive(x: object) -> bool:
+    return isinstance(x, (int, float)) and 0 < x < float("inf")

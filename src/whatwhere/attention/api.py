@@ -266,7 +266,13 @@ def _choose(call: Call, backend: str) -> tuple[str, str]:
         why = _rows_pay(call)
         if why is not None:
             return "cpu", why
-    return "sdpa", "PyTorch's fused kernel over widened features"
+    return _stock(call)
+
+
+def _stock(call: Call) -> tuple[str, str]:
+    if sdpa.refuses(call) is None:
+        return "sdpa", "PyTorch's fused kernel over widened features"
+    return "reference", "no fused kernel here takes the call"
 
 
 def _decodes_by(name: str, device: torch.device) -> bool:
@@ -296,14 +302,19 @@ def _choose_on_gpu(call: Call) -> tuple[str, str]:
     )
     if named is not None and named in BACKENDS and BACKENDS[named].refuses(call) is None:
         return named, "measured as the fastest on this device"
-    hidden = call.key_segments is not None or call.window is not None
-    if (hidden or call.spec.slopes is not None) and flex.refuses(call) is None:
-        return "flex", "documents, windows and slopes need no dense mask there"
-    return "sdpa", "PyTorch's fused kernel over widened features"
+    if flex.refuses(call) is None:
+        if call.spec.softcap is not None:
+            return "flex", "a softcap is fused there"
+        hidden = call.key_segments is not None or call.window is not None
+        if hidden or call.spec.slopes is not None:
+            return "flex", "documents, windows and slopes need no dense mask there"
+    return _stock(call)
 
 
 def _rows_pay(call: Call) -> str | None:
     """Why blocks of rows are faster than SDPA on a CPU, or ``None`` if they are not."""
+    if call.spec.softcap is not None:
+        return "scores are capped while they are in a core's cache"
     if call.spec.feature_dim(call.q.shape[-1]) > call.v.shape[-1]:
         return "features are wider than values, which PyTorch's CPU kernel would pad"
     if not call.masked:

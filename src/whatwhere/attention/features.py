@@ -129,7 +129,7 @@ def encode_queries(q: Tensor, spec: ScoreSpec, positions: Tensor) -> Tensor:
 
     Returns:
         ``(B, H, T, spec.feature_dim(D))`` in the dtype of ``q``. With `encode_keys`, the inner
-        product times ``spec.scale`` is the score before slopes.
+        product times ``spec.scale`` is the score before softcap and slopes.
 
     Raises:
         ValueError: If positions or shapes do not fit.

@@ -1,8 +1,8 @@
 """Backend ``flex``: PyTorch's FlexAttention over widened features, no dense mask.
 
-Packed documents, windows and slopes are functions of indices here; blocks in which nothing is
-visible are skipped. Fused wherever it can be compiled; on a CPU, where compiling takes longer
-than a small call, only for large ones.
+Packed documents, windows, slopes and a softcap are functions of a score and its indices here;
+blocks in which nothing is visible are skipped. Fused wherever it can be compiled; on a CPU, where
+compiling takes longer than a small call, only for large ones.
 """
 
 from __future__ import annotations
@@ -90,12 +90,15 @@ def _mask_function(call: Call) -> Callable[..., Tensor]:
 
 
 def _score_function(call: Call) -> Callable[..., Tensor] | None:
+    cap = call.spec.softcap
     if call.spec.slopes is None:
-        return None
+        return None if cap is None else lambda score, *where: torch.tanh(score / cap) * cap
     slopes = call.spec.slopes.to(call.q.device, compute_dtype(call.q.dtype))
     queries, keys = _batched(call.query_positions, call), _batched(call.key_positions, call)
 
     def fall(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        if cap is not None:
+            score = torch.tanh(score / cap) * cap
         return score - slopes[h] * (queries[b, t] - keys[b, s])
 
     return fall

@@ -22,6 +22,9 @@ def scores(call: Call) -> Tensor:
     queries = encode_queries(call.q, call.spec, call.query_positions).to(dtype)
     keys = encode_keys(call.k, call.spec, call.key_positions).to(dtype)
     out = queries @ keys.repeat_interleave(call.groups, dim=1).mT * call.spec.scale
+    cap = call.spec.softcap
+    if cap is not None:
+        out = torch.tanh(out / cap) * cap
     return out if call.spec.slopes is None else out + slope_bias(call, dtype)
 
 

@@ -13,6 +13,13 @@ from whatwhere.attention.features import encode_keys, encode_queries
 from whatwhere.attention.masks import slope_bias, visible, without_unseen
 
 
+def refuses(call: Call) -> str | None:
+    """What PyTorch's kernels do not do to scores."""
+    if call.spec.softcap is not None:
+        return "PyTorch's scaled dot product attention has no softcap"
+    return None
+
+
 def run(call: Call) -> Tensor:
     """Encode, then one SDPA call; a dense mask only where causality in order does not say all."""
     dtype = call.q.dtype
@@ -84,4 +91,4 @@ def _mask(
     return bias if seen is None else bias.masked_fill(~seen, float("-inf")), some
 
 
-BACKEND = Backend(run=run, refuses=lambda call: None)
+BACKEND = Backend(run=run, refuses=refuses)

@@ -55,6 +55,7 @@ def run(call: Call) -> Tensor:
         spec.temperature_length or 0,
         call.causal,
         call.window or 0,
+        spec.softcap or 0.0,
     )
 
 

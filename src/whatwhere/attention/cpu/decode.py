@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whatwhere.attention.cpu.blocks import distances, visible
 from whatwhere.attention.cpu.compiled import LOOP
-from whatwhere.attention.cpu.problem import Problem
+from whatwhere.attention.cpu.problem import ARGUMENTS, Problem
 
 # Queries up to which this beats blocks of rows.
 FEW = 16
@@ -23,36 +23,16 @@ FEW = 16
 _HELD = 2**20
 
 
-def attend_few(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inv_freq: Tensor | None,
-    phase: Tensor | None,
-    slopes: Tensor | None,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    key_mask: Tensor | None,
-    segments: Tensor | None,
-    feature: str,
-    magnitude: str,
-    frequencies: int,
-    scale: float,
-    sharpen: int,
-    causal: bool,
-    window: int,
-) -> Tensor:
+def attend_few(*given: Any) -> Tensor:
     """Attention for a `Problem` of few queries: ``(B, H, T, V)``. Not differentiable."""
-    p = Problem(
-        *(q, k, v, inv_freq, phase, slopes, query_positions, key_positions, key_mask, segments),
-        *(feature, magnitude, frequencies, scale, sharpen, causal, window),
-    )
+    p = Problem(*given)
+    q, v = p.q, p.v
     if not q.numel() or not v.shape[-1]:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     keys, seen = _reach(p)
     if keys.start == keys.stop:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
-    weights = _scores(p, keys)
+    weights = p.cap(_scores(p, keys))
     if p.slopes is not None:
         slopes = p.slopes.to(p.dtype).view(1, -1, p.groups, 1, 1)
         ahead = distances(p, slice(None), slice(None), keys).to(p.dtype)
@@ -84,7 +64,7 @@ def _reach(p: Problem) -> tuple[slice, Tensor | None]:
 
 
 def _scores(p: Problem, keys: slice) -> Tensor:
-    """``(B, G, H/G, T, keys)``, slopes and mask not yet counted."""
+    """``(B, G, H/G, T, keys)``, softcap, slopes and mask not yet counted."""
     batch, shared, length = p.q.shape[0], p.k.shape[1], p.q.shape[2]
     queries = torch.empty(batch, shared, p.groups, length, p.width, dtype=p.dtype)
     turn = p.turn_of_queries(slice(0, batch), slice(None))
@@ -136,9 +116,12 @@ def _parts(keys: slice, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, keys.stop))
 
 
-decode = torch.library.custom_op("whatwhere::decode", mutates_args=(), device_types="cpu")(
-    attend_few
-)
+decode = torch.library.custom_op(
+    "whatwhere::decode",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({ARGUMENTS}) -> Tensor",
+)(attend_few)
 
 
 @decode.register_fake

@@ -23,9 +23,18 @@ def _bfloat16_units() -> bool:
     return units and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+# The fields of a `Problem`, which operators take one by one.
+ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? inv_freq, Tensor? phase, Tensor? slopes, "
+    "Tensor? query_positions, Tensor? key_positions, Tensor? key_mask, Tensor? segments, "
+    "str feature, str magnitude, int frequencies, float scale, int sharpen, bool causal, "
+    "int window, float softcap"
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The arguments of `rows_forward`, in its order, and what follows from them.
+    """What operators take (`ARGUMENTS`), in that order, and what follows from it.
 
     Attributes:
         q: ``(B, H, T, D)`` raw.
@@ -45,6 +54,7 @@ class Problem:
         sharpen: Length beyond which queries are sharpened, 0 for never.
         causal: Whether a key is seen only at or before the query's position.
         window: Positions seen, 0 for all.
+        softcap: Bound that scores approach, 0 for none.
     """
 
     q: Tensor
@@ -64,6 +74,7 @@ class Problem:
     sharpen: int
     causal: bool
     window: int
+    softcap: float
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -122,6 +133,12 @@ class Problem:
     def key_angles(self) -> Angles | None:
         """Where keys stand."""
         return self._angles(self.key_positions, 0, self.k.shape[2])
+
+    def cap(self, scores: Tensor) -> Tensor:
+        """``softcap * tanh(scores / softcap)`` in their place, where there is a cap."""
+        if not self.softcap:
+            return scores
+        return scores.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def _angles(self, positions: Tensor | None, start: int, length: int) -> Angles | None:
         if self.inv_freq is None or not self.turning:

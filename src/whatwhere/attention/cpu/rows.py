@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from whatwhere.attention.cpu.blocks import Block, Plan, distances, unseen
-from whatwhere.attention.cpu.problem import Problem, Turn
+from whatwhere.attention.cpu.problem import ARGUMENTS, Problem, Turn
 
 # Scores held at a time: what stays in a core's cache.
 _SCORES = 2**19
@@ -106,10 +106,14 @@ def _as_given(rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return apart.transpose(2, 3)
 
 
-def _weights(p: Problem, chunk: Chunk, block: Block) -> Tensor:
-    """Softmax of a block's scores: ``(n, rows H/G, keys)``."""
+def _scores(p: Problem, chunk: Chunk, block: Block) -> Tensor:
+    """A block's scores, slopes and mask not yet counted: ``(n, rows H/G, keys)``."""
     queries = chunk.q[:, block.rows].flatten(1, 2)
-    scores = torch.bmm(queries, chunk.k[:, block.keys].mT)
+    return p.cap(torch.bmm(queries, chunk.k[:, block.keys].mT))
+
+
+def _weights(p: Problem, chunk: Chunk, block: Block, scores: Tensor) -> Tensor:
+    """Softmax of a block's scores, in their place."""
     sequences = chunk.batch.stop - chunk.batch.start
     rows = block.rows.stop - block.rows.start
     apart = scores.view(sequences, -1, rows, p.groups, scores.shape[-1])
@@ -129,30 +133,10 @@ def _ahead(p: Problem, chunk: Chunk, block: Block) -> Tensor:
     return distances(p, chunk.batch, block.rows, block.keys).to(p.dtype)[:, None, :, None]
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inv_freq: Tensor | None,
-    phase: Tensor | None,
-    slopes: Tensor | None,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    key_mask: Tensor | None,
-    segments: Tensor | None,
-    feature: str,
-    magnitude: str,
-    frequencies: int,
-    scale: float,
-    sharpen: int,
-    causal: bool,
-    window: int,
-) -> Tensor:
+def attend(*given: Any) -> Tensor:
     """Attention for a `Problem`: ``(B, H, T, V)``."""
-    p = Problem(
-        *(q, k, v, inv_freq, phase, slopes, query_positions, key_positions, key_mask, segments),
-        *(feature, magnitude, frequencies, scale, sharpen, causal, window),
-    )
+    p = Problem(*given)
+    q, k, v = p.q, p.k, p.v
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     if not out.numel():
         return out
@@ -167,7 +151,7 @@ def attend(
             if block.keys.start == block.keys.stop:
                 target.zero_()
                 continue
-            weights = _weights(p, chunk, block)
+            weights = _weights(p, chunk, block, _scores(p, chunk, block))
             found = torch.bmm(weights.to(p.product), chunk.v[:, block.keys])
             rows = block.rows.stop - block.rows.start
             target.copy_(found.view(*target.shape[:2], rows, p.groups, -1).transpose(2, 3))
@@ -175,40 +159,22 @@ def attend(
     return out
 
 
-def attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inv_freq: Tensor | None,
-    phase: Tensor | None,
-    slopes: Tensor | None,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    key_mask: Tensor | None,
-    segments: Tensor | None,
-    feature: str,
-    magnitude: str,
-    frequencies: int,
-    scale: float,
-    sharpen: int,
-    causal: bool,
-    window: int,
-    learned: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for queries, keys, values, phase and, where ``learned``, slopes.
+def attend_backward(grad: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for queries, keys, values, phase and slopes.
 
     The last two are empty where there is nothing to give.
+
+    Args:
+        grad: Of the output.
+        *given: The fields of a `Problem`, and whether slopes are learned.
     """
-    p = Problem(
-        *(q, k, v, inv_freq, phase, slopes, query_positions, key_positions, key_mask, segments),
-        *(feature, magnitude, frequencies, scale, sharpen, causal, window),
-    )
+    *fields, learned = given
+    p = Problem(*fields)
     found = Gradients(p, learned)
     if not grad.numel():
         found.zero()
         return found.all()
-    plan, dead = Plan(p, block_rows(k.shape[2], p.groups)), unseen(p)
+    plan, dead = Plan(p, block_rows(p.k.shape[2], p.groups)), unseen(p)
     for chunk in chunks(p, plan, dead):
         found.add(chunk, plan, grad)
     if dead is not None:
@@ -254,7 +220,9 @@ class Gradients:
             if block.keys.start == block.keys.stop:
                 of_q[:, block.rows].zero_()
                 continue
-            weights = _weights(p, chunk, block)
+            scores = _scores(p, chunk, block)
+            tanh = scores / p.softcap if p.softcap else None
+            weights = _weights(p, chunk, block, scores)
             given = slope[:, block.rows].flatten(1, 2)
             _accumulate(of_v[:, block.keys], weights.to(p.product), given)
             change = torch.bmm(given, chunk.v[:, block.keys].mT).to(p.dtype)
@@ -263,6 +231,8 @@ class Gradients:
             )
             if self.slopes.numel():
                 self._add_slopes(chunk, block, change)
+            if tanh is not None:
+                torch.ops.aten.tanh_backward.grad_input(change, tanh, grad_input=change)
             change = change.to(p.product)
             rows = torch.bmm(change, keys[:, block.keys])
             of_q[:, block.rows] = rows.view_as(of_q[:, block.rows])
@@ -297,8 +267,11 @@ def _accumulate(total: Tensor, by_row: Tensor, rows: Tensor) -> None:
 
 
 _operator = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
-rows_forward = _operator("whatwhere::rows_forward")(attend)
-rows_backward = _operator("whatwhere::rows_backward")(attend_backward)
+rows_forward = _operator("whatwhere::rows_forward", schema=f"({ARGUMENTS}) -> Tensor")(attend)
+rows_backward = _operator(
+    "whatwhere::rows_backward",
+    schema=f"(Tensor grad, {ARGUMENTS}, bool learned) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)(attend_backward)
 
 
 @rows_forward.register_fake
@@ -328,7 +301,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = rows_backward(grad, *ctx.saved_tensors, *ctx.rest, bool(wanted[5]))
     q, k, v, phase, slopes = found
     given = (q, k, v, None, phase if wanted[4] else None, slopes if wanted[5] else None)
-    return *given, *(None,) * 11
+    return *given, *(None,) * 12
 
 
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> None:
@@ -361,7 +334,7 @@ class EagerRows(torch.autograd.Function):
         found = EagerRowsBackward.apply(grad, *ctx.saved_tensors, *ctx.rest, bool(wanted[5]))
         q, k, v, phase, slopes = found
         given = (q, k, v, None, phase if wanted[4] else None, slopes if wanted[5] else None)
-        return *given, *(None,) * 11
+        return *given, *(None,) * 12
 
 
 class EagerRowsBackward(torch.autograd.Function):

@@ -23,7 +23,7 @@ DECODE_QUERIES = 16
 
 def refuses(call: Call) -> str | None:
     """What the kernels do not do."""
-    why = arguments.refuses(call.q)
+    why = arguments.refuses(call.q, call.spec)
     if why is None and max(call.q.shape[-1], call.v.shape[-1]) > arguments.WIDEST:
         return f"it takes head_dim and value widths up to {arguments.WIDEST}"
     return why
@@ -41,7 +41,8 @@ def run(call: Call) -> Tensor:
 
 def reads_raw_keys(spec: ScoreSpec, device: torch.device) -> bool:
     """On a GPU the decoding kernel turns polar keys as it reads them."""
-    return device.type == "cuda" and spec.feature == "polar" and arguments.INSTALLED
+    polar = spec.feature == "polar" and spec.softcap is None
+    return device.type == "cuda" and polar and arguments.INSTALLED
 
 
 BACKEND = Backend(run=run, refuses=refuses, reads_raw_keys=reads_raw_keys, pages=pages)

@@ -22,7 +22,7 @@ _PROGRAMS = 65535
 INSTALLED = find_spec("triton") is not None
 
 
-def refuses(q: Tensor) -> str | None:
+def refuses(q: Tensor, spec: ScoreSpec) -> str | None:
     """Why kernels cannot run on queries of this device and dtype, or ``None``."""
     if not INSTALLED:
         return "the package triton is not installed"
@@ -41,6 +41,8 @@ def refuses(q: Tensor) -> str | None:
         return f"it takes {_PROGRAMS} heads of sequences at the most"
     if q.dtype == torch.float64:
         return "it computes bfloat16, float16 and float32, not float64"
+    if spec.softcap is not None:
+        return "its kernels have no softcap"
     return None
 
 

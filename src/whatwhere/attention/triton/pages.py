@@ -11,7 +11,7 @@ from whatwhere.spec import ScoreSpec
 
 def refuses(q: Tensor, key_pages: Tensor, value_pages: Tensor, spec: ScoreSpec) -> str | None:
     """What decoding over pages does not do."""
-    why = arguments.refuses(q)
+    why = arguments.refuses(q, spec)
     if why is not None:
         return why
     if max(q.shape[-1], value_pages.shape[-1]) > arguments.WIDEST:

@@ -170,7 +170,7 @@ def _forgetful(
 
 def refuses(call: Call) -> str | None:
     """What neither the pre-pass nor any of the kernels does."""
-    why = arguments.refuses(call.q)
+    why = arguments.refuses(call.q, call.spec)
     if why is not None:
         return why
     wide = call.spec.feature_dim(call.q.shape[-1])
