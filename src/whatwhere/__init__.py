@@ -7,6 +7,9 @@
 torch.Size([2, 8, 16, 64])
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from whatwhere.attention import (
     BACKENDS,
     Explanation,
@@ -67,3 +70,10 @@ __all__ = [
     "table_bytes",
     "unturned",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`whatwhere.models` and `whatwhere.compat` when they are asked for: they need more."""
+    if name in ("compat", "models"):
+        return import_module(f"whatwhere.{name}")
+    raise AttributeError(f"module 'whatwhere' has no attribute {name!r}")

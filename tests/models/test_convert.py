@@ -3,7 +3,6 @@
 import copy
 import math
 
-import closed_form
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from convert_cases import ENCODINGS, FAMILIES, HEAD_DIM, HEADS, LENGTH, NAMED, c
 from torch import nn
 from transformers import AttentionInterface
 
+import closed_form
 import whatwhere.models as wm
 
 IDS = torch.randint(3, 50, (2, 13), generator=torch.Generator().manual_seed(0))
