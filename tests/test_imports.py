@@ -35,7 +35,7 @@ OTHERS = {
     "spec": {"torch"},
     "encodings": {"torch"},
     "attention": {"torch"},
-    "models": {"torch", "transformers", "safetensors"},
+    "models": {"huggingface_hub", "safetensors", "torch", "transformers"},
     "analysis": None,
     "lab": None,
     "cli": None,
