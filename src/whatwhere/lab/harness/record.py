@@ -19,8 +19,8 @@ NAME = "evaluation.json"
 TASK = "task.json"
 
 
-def claim(folder: Path, settings: Settings, model: dict[str, Any]) -> None:
-    """Make a folder an evaluation's own, or check that it is.
+def check(folder: Path, settings: Settings, model: dict[str, Any]) -> bool:
+    """Whether a folder is an evaluation's own already; `False` if it is free.
 
     A fingerprint of the model's identity, of all settings that numbers depend on and of the
     harness's version says whose a folder is. Its tasks are not part: more can be added.
@@ -33,35 +33,39 @@ def claim(folder: Path, settings: Settings, model: dict[str, Any]) -> None:
     Raises:
         ValueError: If it holds the results of another model or config, or something else.
     """
-    identity = {
-        "model": model,
-        "settings": settings.identity(),
-        "lm_eval": importlib.metadata.version("lm_eval"),
-    }
-    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
-    if (folder / NAME).exists():
-        found = read_json(folder / NAME)
-        if not isinstance(found, dict) or "identity" not in found:
-            raise ValueError(f"output: {folder / NAME} is no record of an evaluation")
-        if found.get("fingerprint") == fingerprint:
-            return
-        if any(folder.glob(f"*/{TASK}")):
-            listed = "; ".join(differences(found["identity"], identity)[:4])
+    path = folder / NAME
+    if not path.exists():
+        if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise ValueError(
-                f"output: {folder} holds an evaluation of another model or config ({listed}): "
-                "choose another --output, or remove that folder"
+                f"output: {folder} holds files but no {NAME}: it was not written by this command; "
+                "choose another --output"
             )
-    elif folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+        return False
+    identity = _identity(settings, model)
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"fingerprint", "identity"} <= found.keys():
+        raise ValueError(f"output: {path} is no record of an evaluation")
+    if found["fingerprint"] == _fingerprint(identity):
+        return True
+    if any(folder.glob(f"*/{TASK}")):
+        listed = "; ".join(differences(found["identity"], identity)[:4])
         raise ValueError(
-            f"output: {folder} holds files but no {NAME}: it was not written by this command; "
-            "choose another --output"
+            f"output: {folder} holds an evaluation of another model or config ({listed}): "
+            "choose another --output, or remove that folder"
         )
+    return False
+
+
+def claim(folder: Path, settings: Settings, model: dict[str, Any]) -> None:
+    """Make a folder an evaluation's own; arguments and errors as for `check`."""
+    if check(folder, settings, model):
+        return
+    identity = _identity(settings, model)
     config = {key: _plain(value) for key, value in asdict(settings).items()}
     write_json(
         folder / NAME,
         {
-            "fingerprint": fingerprint,
+            "fingerprint": _fingerprint(identity),
             "identity": identity,
             "config": config,
             "versions": versions() | _more_versions(),
@@ -89,6 +93,16 @@ def done(folder: Path, task: str, files: dict[str, str]) -> bool:
             "--output, or remove that folder"
         )
     return True
+
+
+def _identity(settings: Settings, model: dict[str, Any]) -> dict[str, Any]:
+    version = importlib.metadata.version("lm_eval")
+    return {"model": model, "settings": settings.identity(), "lm_eval": version}
+
+
+def _fingerprint(identity: dict[str, Any]) -> str:
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -54,10 +54,15 @@ def run(settings: Settings, say: Callable[[str], None]) -> pd.DataFrame:
         catalog = Catalog(settings.include, _metadata(settings, found, Path(scratch)))
         names = catalog.resolve(settings.tasks)
         prepared = _prepare(catalog, names, settings, say)
-        model = subject.identity(found, settings)
+        identity = subject.identity(found, settings)
+        record.check(folder, settings, identity)
+        left = _left(prepared, folder, say)
+        # Whatever can be wrong with the model is found before anything is written.
+        lm = _loaded(left, found, settings) if left else None
         with storage.lock(folder):
-            record.claim(folder, settings, model)
-            _evaluate(prepared, catalog, found, settings, folder, say)
+            record.claim(folder, settings, identity)
+            if lm is not None:
+                _evaluate(left, lm, catalog, found, settings, folder, say)
             return rows.write(folder)
 
 
@@ -77,23 +82,32 @@ def _prepare(
     return found
 
 
+def _left(
+    prepared: Sequence[Prepared], folder: Path, say: Callable[[str], None]
+) -> list[Prepared]:
+    left = [one for one in prepared if not record.done(folder, one.name, one.files)]
+    for one in prepared:
+        if one not in left:
+            say(f"{one.name}: done before")
+    return left
+
+
+def _loaded(left: Sequence[Prepared], found: subject.Subject, settings: Settings) -> CountingLM:
+    lm = load(found, settings)
+    for one in left:
+        _check_length(one, lm)
+    return lm
+
+
 def _evaluate(
-    prepared: Sequence[Prepared],
+    left: Sequence[Prepared],
+    lm: CountingLM,
     catalog: Catalog,
     found: subject.Subject,
     settings: Settings,
     folder: Path,
     say: Callable[[str], None],
 ) -> None:
-    left = [p for p in prepared if not record.done(folder, p.name, p.files)]
-    for one in prepared:
-        if one not in left:
-            say(f"{one.name}: done before")
-    if not left:
-        return
-    lm = load(found, settings)
-    for one in left:
-        _check_length(one, lm)
     for count, one in enumerate(left, 1):
         say(f"{one.name} ({count} of {len(left)})")
         started = time.monotonic()
