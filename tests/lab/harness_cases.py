@@ -14,10 +14,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the a king queen said that she he went home again and saw old house by water".split()
+TEXT = "the a king queen said that she he went home again and saw old house by water"
+WORDS = TEXT.split(" ")
 
 
-def tokenizer(words: str = "") -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """Byte pairs of some words, 400 tokens; `<|end|>` begins and ends texts."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,7 +29,7 @@ def tokenizer(words: str = "") -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([words or " ".join(WORDS * 9)], trainer)
+    made.train_from_iterator([" ".join([TEXT] * 9)], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|end|>")
 
 

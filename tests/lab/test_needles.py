@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_needles_are_hidden_once_at_even_depths(kind: str, book: str, tmp_path: 
     if kind == "single":
         assert depths == pytest.approx([i / 8 for i in range(9)], abs=0.02)
     if len(rows[0]["depth"]) > 1:  # all together they cover the text evenly
-        steps = [b - a for a, b in zip(depths, depths[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(depths)]
         assert depths[0] < 0.02 and depths[-1] > 0.98 and max(steps) < 0.06
 
 

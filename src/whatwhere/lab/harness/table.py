@@ -59,8 +59,9 @@ def paper_table(rows: pd.DataFrame) -> Table:
             "" if pd.isna(items) else f"{int(items):,}",
             NOT_GIVEN,
         )
-    table.add_section()
-    table.add_row(*_mean_row(rows))
+    if rows["task"].nunique() > 1:
+        table.add_section()
+        table.add_row(*_mean_row(rows))
     return table
 
 
