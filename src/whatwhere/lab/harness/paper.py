@@ -17,5 +17,5 @@ MEANS = {
     "RoPE": {"124M": 45.33, "253M": 48.76, "774M": 51.80},
     "PoPE": {"124M": 46.19, "253M": 48.78, "774M": 52.46},
 }
-"""Mean accuracy in % over the six tasks, BLiMP and CBT as means over their sub-tasks; single tasks
-are not in our notes of the paper."""
+"""Mean accuracy in % over the six tasks, BLiMP and CBT as means over their sub-tasks; its
+figures of single tasks are not at hand."""

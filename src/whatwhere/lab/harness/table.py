@@ -98,8 +98,8 @@ def notes(results: pd.DataFrame, of_paper: pd.DataFrame) -> Iterable[str]:
     """What keeps numbers from being what they seem."""
     if len(of_paper):
         yield (
-            "The paper gives the mean over the six tasks alone, BLiMP and CBT as means over their "
-            "sub-tasks, and says of metrics that they are the harness's: acc is assumed."
+            "Of the paper's figures only the mean over the six tasks is known here, BLiMP and CBT "
+            "as means over their sub-tasks; its metrics are the harness's, acc is assumed."
         )
     limit = results["limit"].dropna()
     if len(limit):
