@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-import pandas as pd
 import tyro
 from pydantic import Field, ValidationError
 from rich.console import Console
@@ -17,6 +16,8 @@ from rich.table import Table
 from whatwhere.lab import recipes
 from whatwhere.lab.bench.command import Bench
 from whatwhere.lab.errors import UserError, user_errors
+from whatwhere.lab.harness.command import Evaluate, Needles
+from whatwhere.lab.lengths import parse_lengths
 from whatwhere.lab.process import is_main_process
 from whatwhere.lab.recipes import Recipe
 from whatwhere.lab.recipes.files import describe_error
@@ -111,24 +112,6 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """Measure a trained run again and write its results."""
-
-    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """folder of a run, such as runs/text/pope-seed0"""
-
-    def run(self) -> None:
-        """Evaluate."""
-        from whatwhere.lab.compare import evaluate_again, summary
-        from whatwhere.lab.report.page import unit_of
-
-        with user_errors():
-            run = evaluate_again(self.folder)
-        results = pd.read_csv(run.results, dtype={"encoding": str})
-        Console().print(summary(results, unit_of(run.config)))
-
-
-@dataclass(frozen=True)
 class Extrapolate:
     """Measure the loss of a run, or of any causal language model, at given lengths."""
 
@@ -148,7 +131,7 @@ class Extrapolate:
         from whatwhere.lab import extrapolate
 
         with user_errors():
-            lengths = _parse_lengths(self.lengths)
+            lengths = parse_lengths(self.lengths)
             subject = extrapolate.find_subject(self.folder)
             found = extrapolate.extrapolate(subject, self.text, lengths, self.tokens)
         Console().print(extrapolate.table(found, subject))
@@ -182,6 +165,7 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "extrapolate": Extrapolate,
+    "needles": Needles,
     "report": Report,
     "bench": Bench,
 }
@@ -301,11 +285,3 @@ def _listing() -> Table:
         for preset in recipes.presets(name):
             table.add_row(name, preset, recipes.get(name, preset).description)
     return table
-
-
-def _parse_lengths(given: Sequence[str]) -> list[int]:
-    parts = [part for value in given for part in value.split(",") if part.strip()]
-    try:
-        return [int(part) for part in parts]
-    except ValueError:
-        raise ValueError(f"lengths: expected integers as in 1024,2048, got {given}") from None

@@ -227,9 +227,9 @@ def _notices(comparison: Comparison) -> list[str]:
             f"results: {listed}. The same command again goes on from there."
         )
     odd = comparison.results[~np.isfinite(comparison.results["value"].astype(float))]
-    names = odd["encoding"].map(title) + ", seed " + odd["seed"].map(str) + ": " + odd["metric"]
-    for name, length in zip(names, odd["length"], strict=True):
-        notices.append(f"{name} at {length:,} is not finite.")
+    for row in odd.to_dict("records"):
+        name = f"{title(row['encoding'])}, seed {row['seed']}: {row['metric']}"
+        notices.append(f"{name} at {row['length']:,} is not finite.")
     for what, found in _versions(comparison):
         if len(found) > 1:
             notices.append(f"Runs differ in {what}: {', '.join(found)}.")
