@@ -199,8 +199,11 @@ def test_positions_of_each_sequence_and_head() -> None:
     check({"T": 4}, {}, angles, embed=lambda bias: module(bias, 16)(each))
     heads = torch.randint(50, (2, 4, 7))
     angles = heads.double()[..., None] * geometric(16)
+    mask = torch.rand(2, 4, 4, 7) < 0.6
     for shared in (4, 2):
-        check({"T": 4, "G": shared}, {}, angles, embed=lambda bias: module(bias, 16)(heads))
+        sizes = {"T": 4, "G": shared}
+        check(sizes, {}, angles, embed=lambda bias: module(bias, 16)(heads))
+        check(sizes, {"mask": mask}, angles, embed=lambda bias: module(bias, 16)(heads), seen=mask)
 
 
 @pytest.mark.parametrize("offset", [3, 2.5, torch.tensor(4), torch.tensor([[1], [5]])], ids=str)

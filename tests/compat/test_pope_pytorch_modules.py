@@ -148,6 +148,14 @@ def test_other_frequencies_are_taken(theirs: Any) -> None:
     assert torch.equal(fresh(8).freqs[-1], torch.full((4,), 7.0))
 
 
+def test_frequencies_of_a_functional_call_are_those_of_the_call() -> None:
+    made = ours.PoPE(4, heads=2)
+    given = {"bias": made.bias, "inv_freqs": torch.ones(4)}
+    during = torch.func.functional_call(made, given, (8,))
+    assert torch.equal(during.exact.angles[-1], torch.full((4,), 7.0, dtype=torch.float64))
+    assert torch.equal(made(8).exact.angles[-1], 7 * geometric(4))
+
+
 def test_angles_changed_in_place_count() -> None:
     q = torch.randn(1, 2, 5, 4)
     pair = ours.PoPE(4, heads=2)(5)

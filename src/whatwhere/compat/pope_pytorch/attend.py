@@ -86,34 +86,13 @@ def flash_attn_with_pope(
     """
     if not head_dimension_at_first:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    check_tensors(q, k, values)
-    scale = _scale(softmax_scale, q.shape[-1])
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: expected at least 0 and below 1")
     if fused and not q.is_cuda:
         raise ValueError(f"fused=True needs CUDA tensors, q is on {q.device}: leave it out")
-    seen = read_mask(mask, q, k)
-    plain = seen.dense is None and not dropout
-    scored = _scored(q, k, pos_emb, pope_pos_emb_indices, scale, causal, plain)
-    values = values.repeat_interleave(scored.k.shape[1] // k.shape[1], dim=1)
-    if plain:
-        backend = "triton" if fused else "sdpa" if fused is False and q.is_cuda else "auto"
-        out = attention(
-            scored.q,
-            scored.k,
-            values,
-            scored.spec,
-            causal=causal,
-            query_positions=scored.query_positions,
-            key_positions=scored.positions,
-            key_mask=seen.keys,
-            backend=backend,
-        )
-    else:
-        out = _dense(scored, values, seen, causal, dropout)
-    out = _heads_back(out, k.shape[1]).to(v.dtype)
+    backend = "triton" if fused else "sdpa" if fused is False and q.is_cuda else "auto"
+    options = (mask, causal, softmax_scale, dropout, backend)
+    out = _attend(q, k, v, pos_emb, pope_pos_emb_indices, *options)
     return out if head_dimension_at_first else out.transpose(1, 2)
 
 
@@ -160,6 +139,44 @@ def compute_attn_similarity(
     )
     dtype = q.dtype if q.is_cuda else torch.promote_types(both, pope[0].dtype)
     return _heads_back(found, k.shape[1]).to(dtype)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_emb: PosEmb | None,
+    indices: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    dropout: float,
+    backend: str,
+) -> Tensor:
+    """`flash_attn_with_pope` for heads before the sequence."""
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_tensors(q, k, values)
+    seen = read_mask(mask, q, k)
+    plain = seen.dense is None and not dropout
+    scale = _scale(softmax_scale, q.shape[-1])
+    scored = _scored(q, k, pos_emb, indices, scale, causal, plain)
+    values = values.repeat_interleave(scored.k.shape[1] // k.shape[1], dim=1)
+    if plain:
+        out = attention(
+            scored.q,
+            scored.k,
+            values,
+            scored.spec,
+            causal=causal,
+            query_positions=scored.query_positions,
+            key_positions=scored.positions,
+            key_mask=seen.keys,
+            backend=backend,
+        )
+    else:
+        out = _dense(scored, values, k.shape[1], seen, causal, dropout)
+    return _heads_back(out, k.shape[1]).to(v.dtype)
 
 
 def _scale(given: float | None, head_dim: int) -> float:
@@ -282,20 +299,30 @@ def _mixed(
     return Scored(queries.to(q.dtype), keys.to(q.dtype), ScoreSpec("identity", scale))
 
 
-def _dense(scored: Scored, v: Tensor, mask: Mask, causal: bool, dropout: float) -> Tensor:
-    """PyTorch's attention over features, for masks of pairs and dropout, which backends lack."""
-    q, shared = scored.q, scored.k.shape[1]
-    keys = scored.k.repeat_interleave(q.shape[1] // shared, dim=1)
-    values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+def _dense(
+    scored: Scored, v: Tensor, shared: int, mask: Mask, causal: bool, dropout: float
+) -> Tensor:
+    """PyTorch's attention over features, for masks of pairs and dropout, which backends lack.
+
+    Args:
+        scored: Features.
+        v: ``(B, G, S, V)``, as many heads as the keys of ``scored``.
+        shared: Key heads of the call, by which masks of heads are put in our order.
+        mask: The mask.
+        causal: Whether places after a query's own are hidden from it.
+        dropout: Share of the weights to drop.
+    """
+    q, groups = scored.q, scored.q.shape[1] // scored.k.shape[1]
+    keys, values = (x.repeat_interleave(groups, dim=1) for x in (scored.k, v))
     seen, added = mask.seen(q, scored.k, causal)
     some = None
     if seen is not None:
-        seen = _heads_side_by_side(seen, v.shape[1]) if seen.shape[1] > 1 else seen
+        seen = _heads_side_by_side(seen, shared) if seen.shape[1] > 1 else seen
         some = seen.any(dim=-1, keepdim=True)
         # Where nothing is seen any finite scores do: the row becomes zeros.
         seen = seen | ~some
         if added is not None:
-            added = _heads_side_by_side(added, v.shape[1]) if added.shape[1] > 1 else added
+            added = _heads_side_by_side(added, shared) if added.shape[1] > 1 else added
             seen = added.masked_fill(~some, 0.0).masked_fill(~seen, float("-inf")).to(q.dtype)
     missing = q.shape[-1] - v.shape[-1] if q.device.type == "cpu" else 0
     with torch.autocast(q.device.type, enabled=False):

@@ -29,7 +29,7 @@ class Polar(nn.Module):
 
     State dicts hold frequencies as tensors, which ``.half()`` casts. Beside them stand the
     numbers they are rounded from. A stored tensor is those numbers as long as it equals them up
-    to the rounding of its dtype; if it was changed or loaded to be something else, it counts.
+    to rounding; once it was changed or loaded to be something else, what it holds counts.
 
     Args:
         frequencies: Radians per position, of each axis.
@@ -46,7 +46,7 @@ class Polar(nn.Module):
     ) -> None:
         super().__init__()
         heads = check_whole("heads", heads)
-        self._numbers = tuple(tuple(row) for row in frequencies)
+        self._first = self._numbers = tuple(tuple(row) for row in frequencies)
         self._seen: list[tuple[Tensor, int]] = []
         self._made: dict[torch.device, Tensor] = {}
         self.bias = nn.Parameter(torch.zeros(heads, sum(len(row) for row in frequencies)))
@@ -68,13 +68,12 @@ class Polar(nn.Module):
         ):
             return
         if not any(x.is_meta for x in stored):
-            kept = [
-                numbers if _rounds_to(numbers, x) else tuple(x.detach().double().tolist())
-                for numbers, x in zip(self._numbers, stored, strict=True)
-            ]
-            if tuple(kept) != self._numbers:
-                self._numbers = tuple(kept)
-                self._made = {}
+            found = tuple(
+                _exactly(x, known)
+                for x, *known in zip(stored, self._numbers, self._first, strict=True)
+            )
+            if found != self._numbers:
+                self._numbers, self._made = found, {}
         self._seen = now
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -141,6 +140,14 @@ class Polar(nn.Module):
             in_order=in_order,
         )
         return made
+
+
+def _exactly(stored: Tensor, known: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """What a stored tensor was rounded from if that is known, else what it holds."""
+    for numbers in known:
+        if _rounds_to(numbers, stored):
+            return numbers
+    return tuple(stored.detach().double().tolist())
 
 
 def _rounds_to(numbers: Sequence[float], stored: Tensor) -> bool:
