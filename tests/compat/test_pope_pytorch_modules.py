@@ -233,6 +233,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "wide": ({"pos_emb": ours.PoPE(32, heads=4)(5)}, "32 channels"),
     "heads": ({"pos_emb": ours.PoPE(16, heads=3)(5)}, "bias is for 3 heads"),
     "no pair": ({"pos_emb": torch.ones(2, 3)}, "pos_emb"),
+    "another device": ({"pos_emb": ours.PoPE(16, heads=4).to("meta")(5)}, "freqs .* on meta"),
     "batch of angles": (
         {"pos_emb": ours.PoPE(16, heads=4)(torch.zeros(3, 5))},
         "batch and heads differ",

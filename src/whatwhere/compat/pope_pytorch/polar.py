@@ -106,6 +106,8 @@ def read(pope: Sequence[Tensor], q: Tensor, k: Tensor) -> Embedding:
     for name, x in (("freqs", freqs), ("bias", bias)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ValueError(f"{name} of pos_emb: expected a floating-point tensor, got {x!r}")
+        if x.device != q.device:
+            raise ValueError(f"{name} of pos_emb is on {x.device}: expected {q.device}, as q")
     if freqs.ndim not in (2, 3, 4) or bias.ndim != 2 or bias.shape[1] != freqs.shape[-1]:
         raise ValueError(
             f"freqs and bias have shapes {tuple(freqs.shape)} and {tuple(bias.shape)}: expected "
