@@ -196,6 +196,17 @@ def test_a_step_out_of_bounds_is_taken_back() -> None:
         torch.testing.assert_close(made(2).bias.detach(), torch.full((1, 4), wanted))
 
 
+def test_phases_beyond_the_bound_have_a_gradient_in_evaluation_too() -> None:
+    """Models are fine-tuned in evaluation mode, where no parameter is moved behind one's back."""
+    made = ours.PoPE(4, heads=1).eval()
+    with torch.no_grad():
+        made.bias.fill_(0.5)
+    used = made(2).bias
+    assert bool((used == 0).all()) and bool((made.bias == 0.5).all())
+    used.sum().backward()
+    assert torch.equal(made.bias.grad, torch.ones(1, 4))
+
+
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "dim": (lambda: ours.PoPE(0, heads=2), "dim"),
     "heads": (lambda: ours.PoPE(4, heads=-1), "heads"),
