@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CPU = ("cpu_choice", "cpu_memory", "cpu_peers", "decode")
+CPU = ("cpu_choice", "cpu_memory", "cpu_peers", "decode", "pope_pytorch_compat")
 NAMES = ("import_time", "indirect_indexing_generation", "attention", *CPU, "training_step")
 
 

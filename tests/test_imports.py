@@ -23,6 +23,7 @@ MAY = {
     "spec": set(),
     "encodings": {"spec"},
     "attention": {"spec"},
+    "compat": CORE,
     "models": CORE | {""},
     "analysis": CORE | {"", "models"},
     "lab": CORE | {"", "models", "analysis"},
@@ -36,6 +37,7 @@ OTHERS = {
     "encodings": {"torch"},
     "attention": {"torch"},
     "models": {"huggingface_hub", "safetensors", "torch", "transformers"},
+    "compat": {"torch"},
     "analysis": None,
     "lab": None,
     "cli": None,
@@ -144,6 +146,12 @@ def test_import_brings_nothing_that_torch_did_not() -> None:
     new = modules_after("import torch, whatwhere") - modules_after("import torch")
     new -= sys.stdlib_module_names
     assert {name for name in new if not name.startswith("_")} == {"whatwhere"}
+
+
+def test_compat_is_imported_by_name_alone_and_brings_nothing() -> None:
+    loaded = "import sys, whatwhere; assert 'whatwhere.compat' not in sys.modules"
+    peer = "import whatwhere.compat.pope_pytorch"
+    assert modules_after(peer) == modules_after(loaded)
 
 
 OPTIONAL = {
