@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whatwhere.attention import choices, cpu, flex, reference, sdpa, triton
 from whatwhere.attention.angles import rotation_table
-from whatwhere.attention.call import Backend, Call, prepare
+from whatwhere.attention.call import Backend, Call, check_tensors, prepare
 from whatwhere.spec import ScoreSpec, UnsupportedError
 
 BACKENDS: dict[str, Backend] = {
@@ -73,9 +73,10 @@ def attention(
         ValueError: If arguments do not fit one another, or the backend is unknown.
         UnsupportedError: If the backend named cannot compute this call.
     """
-    call = prepare(
-        q, k, v, spec, causal, query_positions, key_positions, key_mask, segments, window
-    )
+    given = (query_positions, key_positions, key_mask, segments, window)
+    if backend == "auto" and all(x is None for x in given) and _is_plain_step(q, k, v, spec):
+        return sdpa.attend_one(q, k, v, spec.scale)
+    call = prepare(q, k, v, spec, causal, *given)
     name = _choose(call, backend)[0]
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         return _nothing_seen(call)
@@ -238,6 +239,23 @@ def _nothing_seen(call: Call) -> Tensor:
         if learned is not None:
             out = out + learned[:0].sum().to(out)
     return out
+
+
+def _is_plain_step(q: Tensor, k: Tensor, v: Tensor, spec: ScoreSpec) -> bool:
+    """Whether one query sees every key by inner products alone, on a CPU.
+
+    Then positions and masks say nothing, and filling them in would take as long as attending to
+    a short cache.
+    """
+    if not isinstance(spec, ScoreSpec) or not isinstance(q, Tensor) or q.device.type != "cpu":
+        return False
+    extras = (spec.slopes, spec.temperature_length, spec.softcap)
+    if spec.feature != "identity" or any(x is not None for x in extras):
+        return False
+    check_tensors(q, k, v)
+    narrow = q.shape[-1] <= v.shape[-1]
+    some = 0 not in (q.shape[0], k.shape[2], v.shape[-1])
+    return q.shape[2] == 1 and narrow and some and not torch.is_autocast_enabled("cpu")
 
 
 def _dtypes_as_given(device: torch.device) -> AbstractContextManager[Any]:

@@ -29,6 +29,14 @@ def run(call: Call) -> Tensor:
     return _attend(call, dtype)
 
 
+def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One query of each head over all keys: the heads that share a key head as one's queries."""
+    batch, shared = k.shape[:2]
+    queries = q.reshape(batch, shared, -1, q.shape[-1])
+    out = F.scaled_dot_product_attention(queries, k, v, scale=scale)
+    return out.reshape(*q.shape[:3], v.shape[-1])
+
+
 def _attend(call: Call, dtype: torch.dtype) -> Tensor:
     seen, causal = _seen(call)
     if seen is not None and not _all_seen(call):

@@ -10,6 +10,7 @@ The function registered with transformers' `AttentionInterface` then attends.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -104,13 +105,23 @@ class Rotations:
             shape = (1, 1, 2 * half)
             return like.new_ones(shape), like.new_zeros(shape)
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        inv_freq = torch.tensor([row], dtype=torch.float64, device=positions.device)
+        still = (0.0,) * (half - len(row))
+        inv_freq = _row((*row, *still, *row, *still), positions.device)
         at = positions.reshape(-1, positions.shape[-1], 1)
-        cos, sin = rotation_table(inv_freq, at, dtype)
-        still = (0, half - len(row))
-        cos = torch.nn.functional.pad(cos, still, value=1.0)
-        sin = torch.nn.functional.pad(sin, still)
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        return rotation_table(inv_freq, at, dtype)
+
+
+def _row(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
+    """``(1, R)`` float64, made once for each device."""
+    if torch.compiler.is_compiling():
+        return torch.tensor([frequencies], dtype=torch.float64, device=device)
+    return _kept_row(frequencies, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_row(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a later call may be one with gradients
+        return torch.tensor([frequencies], dtype=torch.float64, device=device)
 
 
 class Unused(nn.Module):
@@ -139,7 +150,9 @@ class CacheView:
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values, and give those that the new queries may see."""
         keys = keys.to(values.dtype)
-        if self.form == "encoded":
+        if self.spec.feature == "identity":
+            pass  # turned by the model, or not at all
+        elif self.form == "encoded":
             keys = encode_keys(keys, self.spec, self.layout.positions)
         else:
             keys = unturned(keys, self.spec)
@@ -212,7 +225,8 @@ def attend(
     spec, layout = call.spec, call.layout
     query, key = query.to(value.dtype), key.to(value.dtype)
     query_positions, key_positions = layout.at(spec)
-    if call.form == "encoded":
+    plain = spec.feature == "identity" and spec.temperature_length is None
+    if call.form == "encoded" and not plain:
         query = encode_queries(query, spec, layout.positions)
         spec = spec.encoded()
     elif call.form == "raw":
