@@ -74,8 +74,10 @@ def attention(
         UnsupportedError: If the backend named cannot compute this call.
     """
     given = (query_positions, key_positions, key_mask, segments, window)
-    if backend == "auto" and all(x is None for x in given) and _is_plain_step(q, k, v, spec):
-        return sdpa.attend_one(q, k, v, spec.scale)
+    if backend == "auto" and isinstance(causal, bool) and all(x is None for x in given):
+        out = _plain_step(q, k, v, spec)
+        if out is not None:
+            return out
     call = prepare(q, k, v, spec, causal, *given)
     name = _choose(call, backend)[0]
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
@@ -241,21 +243,24 @@ def _nothing_seen(call: Call) -> Tensor:
     return out
 
 
-def _is_plain_step(q: Tensor, k: Tensor, v: Tensor, spec: ScoreSpec) -> bool:
-    """Whether one query sees every key by inner products alone, on a CPU.
+def _plain_step(q: Tensor, k: Tensor, v: Tensor, spec: ScoreSpec) -> Tensor | None:
+    """One query that sees every key, on a CPU, if there is a short way for it.
 
     Then positions and masks say nothing, and filling them in would take as long as attending to
     a short cache.
     """
     if not isinstance(spec, ScoreSpec) or not isinstance(q, Tensor) or q.device.type != "cpu":
-        return False
-    extras = (spec.slopes, spec.temperature_length, spec.softcap)
-    if spec.feature != "identity" or any(x is not None for x in extras):
-        return False
+        return None
+    if any(x is not None for x in (spec.slopes, spec.temperature_length, spec.softcap)):
+        return None
     check_tensors(q, k, v)
-    narrow = q.shape[-1] <= v.shape[-1]
-    some = 0 not in (q.shape[0], k.shape[2], v.shape[-1])
-    return q.shape[2] == 1 and narrow and some and not torch.is_autocast_enabled("cpu")
+    if q.shape[2] != 1 or torch.is_autocast_enabled("cpu"):
+        return None
+    if 0 in (q.shape[0], k.shape[2], v.shape[-1]):
+        return None
+    if spec.feature == "identity":
+        return sdpa.attend_one(q, k, v, spec.scale) if q.shape[-1] <= v.shape[-1] else None
+    return cpu.attend_one(q, k, v, spec) if cpu.takes_one(q, k, v, spec) else None
 
 
 def _dtypes_as_given(device: torch.device) -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whatwhere.attention.call import Backend, Call
-from whatwhere.attention.cpu.decode import FEW, attend_few, decode
+from whatwhere.attention.cpu.decode import FEW, attend_few, attend_one, decode, takes_one
 from whatwhere.attention.cpu.rows import EagerRows, rows_forward
 from whatwhere.spec import ScoreSpec
 
@@ -72,3 +72,5 @@ def reads_raw_keys(spec: ScoreSpec, device: torch.device) -> bool:
 
 
 BACKEND = Backend(run=run, refuses=refuses, reads_raw_keys=reads_raw_keys)
+
+__all__ = ["BACKEND", "attend_one", "reads_raw_keys", "refuses", "run", "takes_one"]

@@ -14,13 +14,54 @@ from torch import Tensor
 from whatwhere.attention.cpu.blocks import distances, visible
 from whatwhere.attention.cpu.compiled import LOOP
 from whatwhere.attention.cpu.problem import ARGUMENTS, Problem
+from whatwhere.attention.cpu.tables import in_order
+from whatwhere.attention.features import magnitudes
+from whatwhere.spec import ScoreSpec
 
 # Queries up to which this beats blocks of rows.
 FEW = 16
 
+# Features of keys that `attend_one` holds at once, 16 MiB.
+_WHOLE = 2**22
+
 # Features of keys held at a time: 4 MiB are few enough for the last cache of every core that was
 # tried, and enough that starting an operation costs little.
 _HELD = 2**20
+
+
+def takes_one(q: Tensor, k: Tensor, v: Tensor, spec: ScoreSpec) -> bool:
+    """Whether `attend_one` does: polar, all channels turning, float32, few keys, no gradient."""
+    tensors = (q, k, v, spec.phase)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    turning = spec.feature == "polar" and spec.num_axes == 1
+    whole = spec.num_turning == spec.num_frequencies == q.shape[-1]
+    fits = 2 * k.numel() <= _WHOLE and q.dtype == torch.float32
+    shaped = spec.phase is None or spec.phase.shape[0] == q.shape[1]
+    return turning and whole and fits and shaped and not torch.compiler.is_compiling()
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, spec: ScoreSpec) -> Tensor:
+    """One query of each head over all keys in order: ``(B, H, 1, V)``.
+
+    What `attend_few` does, in as few operations as can be: over a short cache starting them is
+    what takes the time.
+    """
+    assert spec.inv_freq is not None
+    (batch, shared, total, width), kind = k.shape, spec.magnitude
+    table = in_order(spec.inv_freq, total, torch.float32)
+    angle = spec.inv_freq[0] * (total - 1)
+    if spec.phase is not None:
+        angle = angle - spec.phase
+    query = magnitudes(q[:, :, 0], kind) * spec.scale
+    turned = torch.cat((query * angle.cos(), query * angle.sin()), dim=-1).to(q.dtype)
+    shown = magnitudes(k, kind)
+    made = torch.empty(batch, shared, total, 2 * width)
+    torch.mul(shown, table[:, :width], out=made[..., :width])
+    torch.mul(shown, table[:, width:], out=made[..., width:])
+    weights = torch.matmul(turned.view(batch, shared, -1, 2 * width), made.mT)
+    out = torch.matmul(torch.softmax(weights, dim=-1), v)
+    return out.view(*q.shape[:3], v.shape[-1])
 
 
 def attend_few(*given: Any) -> Tensor:
