@@ -15,7 +15,7 @@ from typing import Any
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _OFFLINE = ("connect", "offline", "resolve", "timed out", "internet")
 
 
@@ -106,40 +106,39 @@ class Source:
             return any(cached_file(place, name, **quiet, **more) for name in TOKENIZER_FILES)
 
         # Asked for first: some tokenizers can be made without any file, and know no words then.
-        return self._load(AutoTokenizer.from_pretrained) if self._load(look) else None
+        there = self._load(look, "tokenizer")
+        return self._load(AutoTokenizer.from_pretrained, "tokenizer") if there else None
 
-    def _load(self, load: Any, **more: Any) -> Any:
-        from huggingface_hub.errors import StrictDataclassError
-        from safetensors import SafetensorError
-
-        errors = (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError)
+    def _load(self, load: Any, what: str = "model", **more: Any) -> Any:
         place = str(self.folder or self.name)
         more |= {"revision": self.revision, "trust_remote_code": False}
         try:
-            if self.folder is not None:
-                return load(place, local_files_only=True, **more)
-            with _quiet_hub():
+            with _quiet():
+                if self.folder is not None:
+                    return load(place, local_files_only=True, **more)
                 try:
                     # What was fetched before needs no network, nor the long wait for its lack.
                     found = load(place, local_files_only=True, **more)
                 except (OSError, ValueError):
                     found = None
                 return found or load(place, local_files_only=False, **more)
-        except errors as error:
-            raise ValueError(self._describe(error)) from error
+        except (
+            Exception
+        ) as error:  # those of transformers, tokenizers and safetensors share no more
+            raise ValueError(self._describe(error, what)) from error
 
-    def _describe(self, error: Exception) -> str:
+    def _describe(self, error: Exception, what: str) -> str:
         text = str(error).strip() or type(error).__name__
         if "trust_remote_code" in text:
             return f"{self.name} needs code of its own, which is never run"
         if self.folder is not None:
-            return f"{self.name} holds no model that can be read: {' '.join(text.split())}"
+            return f"{self.name} holds no {what} that can be read: {' '.join(text.split())}"
         first = text.splitlines()[0].rstrip(" .:")
         hint = "; go online once to fetch it, or give a folder"
         offline = any(word in first.lower() for word in _OFFLINE)
         return (
-            f"there is no folder {self.name}, and no model {self.name!r} could be read from the "
-            f"hub ({first}){hint if offline else ''}"
+            f"there is no folder {self.name}, and no {what} of {self.name!r} could be read from "
+            f"the hub ({first}){hint if offline else ''}"
         )
 
     def _refuse(self, what: str, keys: Any) -> None:
@@ -150,12 +149,14 @@ class Source:
 
 
 @contextmanager
-def _quiet_hub() -> Iterator[None]:
-    # It tells of each of its attempts to connect; that none did is said once, by the error.
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    # They tell of each attempt to connect, and of weights in tables: errors here say it once.
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

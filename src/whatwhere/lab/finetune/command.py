@@ -47,11 +47,11 @@ class Finetune:
 
         with user_errors():
             tuning = prepare(self.folder, self.text, self.output, self.settings, self.validation)
+            model = None if tuning.trained else tuning.load_model()
         if is_main_process():
             for line in announcement(tuning):
                 Console().print(line, highlight=False, soft_wrap=True)
-        with user_errors():
-            losses = finetune(tuning)
+        losses = finetune(tuning, model)
         if is_main_process():
             Console().print(table(losses, tuning))
             for path in sorted(tuning.folder.glob("*.png")):

@@ -74,6 +74,14 @@ class Tuning(RunFolder):
         """Whether it is trained and measured."""
         return self.trained and "after" in set(self.measured()["when"])
 
+    def load_model(self) -> Any:
+        """The model to start from, on the CPU.
+
+        Raises:
+            ValueError: If its weights cannot be read.
+        """
+        return Source(str(self.subject.model)).load_model()
+
     def measured(self) -> pd.DataFrame:
         """What `losses` holds so far."""
         return pd.read_csv(self.losses) if self.losses.exists() else pd.DataFrame(columns=COLUMNS)
@@ -138,11 +146,15 @@ def prepare(
     return made
 
 
-def finetune(tuning: Tuning) -> pd.DataFrame:
+def finetune(tuning: Tuning, model: Any = None) -> pd.DataFrame:
     """Do whatever of a fine-tuning is not done yet.
 
     Writes `finetune.json`, `log.jsonl`, checkpoints, `model/` (weights in the dtype they came
     in, tokenizer, config), `loss_by_length.csv` and the figures.
+
+    Args:
+        tuning: From `prepare`.
+        model: What `tuning.load_model` gave, if it was called before.
 
     Returns:
         Loss by length, before and after; see `COLUMNS`.
@@ -152,19 +164,21 @@ def finetune(tuning: Tuning) -> pd.DataFrame:
         RunError: If another process works in the folder, or the disk is full.
         ValueError: If the weights cannot be read.
     """
+    # Read before anything is written, as weights may be missing.
+    if model is None and not tuning.trained:
+        model = tuning.load_model()
     if not is_main_process():
-        _train(tuning, Source(str(tuning.subject.model)).load_model())
+        _train(tuning, model)
         return pd.DataFrame(columns=COLUMNS)
     with storage.lock(tuning.folder):
         _check_output(tuning)
         if not tuning.trained:
-            model = Source(str(tuning.subject.model)).load_model()
             if not tuning.record.exists():
                 record = {"identity": tuning.identity, "data": tuning.task.describe()}
                 storage.write_json(tuning.record, record | surroundings())
             _measure(tuning, model, "before")
             _train(tuning, model)
-            del model
+        del model
         if not tuning.finished:
             _measure(tuning, Source(str(tuning.model)).load_model(), "after")
             _draw(tuning)
