@@ -33,10 +33,9 @@ from whatwhere.cli import main
 from whatwhere.lab import runs
 from whatwhere.lab.data import TextData, TextTask, make_task
 from whatwhere.lab.extrapolate import find_subject
-from whatwhere.lab.finetune import Tuning, TuningSettings, finetune, prepare
 from whatwhere.lab.finetune.figure import draw_loss_by_tokens
-from whatwhere.lab.finetune.settings import MOST_TOKENS
-from whatwhere.lab.finetune.tuning import _rope_types, _widen
+from whatwhere.lab.finetune.settings import MOST_TOKENS, TuningSettings
+from whatwhere.lab.finetune.tuning import Tuning, _rope_types, _widen, finetune, prepare
 from whatwhere.lab.loop import Interrupted, learning_rate, parameter_groups
 from whatwhere.lab.train import train
 
