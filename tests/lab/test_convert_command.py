@@ -34,6 +34,7 @@ import whatwhere as ww
 from whatwhere.cli import main
 from whatwhere.lab.convert.options import parse_options
 from whatwhere.models import WhatWhereConfig, WhatWhereForCausalLM
+from whatwhere.models.checkpoints import SHIM
 
 pytestmark = pytest.mark.usefixtures("no_bars")
 
@@ -123,21 +124,13 @@ def test_weights_have_the_dtype_asked_for(
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == expected
 
 
-def test_the_shim_is_asked_for_only_on_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shim_is_written_on_request(tmp_path: Path) -> None:
     llama(tmp_path / "llama")
-    asked: list[Any] = []
-    stock = PreTrainedModel.save_pretrained
-
-    def watch(self: Any, folder: Any, shim: bool = False, **more: Any) -> None:
-        asked.append(shim)
-        stock(self, folder, **more)
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", watch)
     for index, more in enumerate(([], ["--shim"])):
-        assert main(convert(tmp_path / "llama", tmp_path / f"out{index}", *more)) == 0
-    assert asked == [False, True]
+        out = tmp_path / f"out{index}"
+        assert main(convert(tmp_path / "llama", out, *more)) == 0
+        assert (out / SHIM).exists() == bool(more)
+        assert ("auto_map" in json.loads((out / "config.json").read_text())) == bool(more)
 
 
 def test_options_reach_the_encoding_in_its_own_types(tmp_path: Path) -> None:

@@ -421,6 +421,12 @@ def name_another_encoding(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"position_encoding": "rope"}))
 
 
+def name_no_encoding(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+
+
 def want_more_weights(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in weights.items() if not name.endswith("delta")}
@@ -456,8 +462,17 @@ def have_few_tokens(folder: Path) -> None:
         (drop("config.json"), ["model", "text.txt", "out"], "neither a run .* nor a model"),
         (drop("model.safetensors"), ["model", "text.txt", "out"], "no model that can be read"),
         (drop("tokenizer*"), ["model", "text.txt", "out"], "holds no tokenizer"),
-        (name_another_encoding, ["model", "text.txt", "out"], "encoding that its config does not"),
-        (want_more_weights, ["model", "text.txt", "out"], "lacks weights .*delta"),
+        (
+            name_another_encoding,
+            ["model", "text.txt", "out"],
+            "of another position encoding than 'rope'",
+        ),
+        (name_no_encoding, ["model", "text.txt", "out"], "encoding that its config does not name"),
+        (
+            want_more_weights,
+            ["model", "text.txt", "out"],
+            "has no .*delta, which position encoding 'pope'",
+        ),
         (have_few_tokens, ["model", "text.txt", "out"], "outside the model's vocabulary of 5"),
         (have_a_table_of_positions, ["model", "text.txt", "out", "--length", "64"], "beyond .*16"),
     ],

@@ -70,15 +70,17 @@ class Convert:
                 raise ValueError("output: name a new folder with --output")
             given = parse_options(self.encoding, self.set)
             check_output(self.output)
-            report = convert_folder(
-                self._source(),
-                self.encoding,
-                self.output,
-                train_length=self.train_length,
-                given=given,
-                dtype=self.dtype,
-                shim=self.shim,
-            )
+            source = self._source()
+            with Console().status(f"converting {self.model}"):
+                report = convert_folder(
+                    source,
+                    self.encoding,
+                    self.output,
+                    train_length=self.train_length,
+                    given=given,
+                    dtype=self.dtype,
+                    shim=self.shim,
+                )
         for line in report.lines():
             _say(line)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from whatwhere.lab import runs, storage
@@ -248,7 +249,8 @@ def _measure(tuning: Tuning, model: Any, when: str) -> None:
     for length in tuning.lengths:
         budget = min(tuning.settings.tokens, len(task.validation_tokens))
         windows = task.windows(length, max(1, budget // length))
-        found = length_loss(model, windows, tuning.training.precision)
+        with Console().status(f"loss at {length} {when} fine-tuning"):
+            found = length_loss(model, windows, tuning.training.precision)
         predicted = found.windows * (length - 1)
         values = (when, length, found.windows, predicted, found.loss)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
