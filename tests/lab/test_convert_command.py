@@ -314,6 +314,7 @@ def test_what_cannot_be_converted_is_one_line_and_writes_nothing(
         (["--set", "fraction=1", "fraction=0.5"], "fraction comes twice"),
         (["--set", "fraction=7"], "fraction"),
         (["--set", "axes=[2,2]"], "several position axes"),
+        (["--train-length", "0"], "train_length=0: expected at least 1"),
         (["--output", "full"], "full holds files already"),
         (["--output", "file"], "file is a file"),
         (["--output", "model"], "model holds files already"),

@@ -7,6 +7,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,6 +321,30 @@ def test_a_stopped_one_ends_with_the_weights_of_an_unbroken_one(
         pd.read_json(place.log, lines=True).drop(columns="seconds") for place in (whole, broken)
     ]
     assert rows[0].equals(rows[1])
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    folder, path = converted(tmp_path / "model"), words(tmp_path / "text.txt")
+    program = ["from whatwhere.cli import main", "import sys", "sys.exit(main(sys.argv[1:]))"]
+
+    def launch(name: str) -> subprocess.Popen[bytes]:
+        given = command(folder, path, tmp_path / name, "--steps", 150, "--save-every", 10)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        start = [sys.executable, "-c", "; ".join(program), *given]
+        return subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL)
+
+    assert launch("whole").wait() == 0
+    killed = tmp_path / "killed"
+    process = launch("killed")
+    while not list(killed.glob("checkpoint/step-*")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (killed / "done.json").exists()
+    assert launch("killed").wait() == 0
+    ends = [load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "killed")]
+    assert_same(*ends)
 
 
 def test_a_finished_one_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

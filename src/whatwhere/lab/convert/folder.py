@@ -103,6 +103,8 @@ def convert_folder(
     from whatwhere.models import NotConvertibleError, convert
 
     options(encoding)
+    if train_length is not None and train_length < 1:
+        raise ValueError(f"train_length={train_length}: expected at least 1")
     check_output(output)
     answer = check(source)
     if not answer:

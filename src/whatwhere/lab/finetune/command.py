@@ -65,8 +65,8 @@ def announcement(tuning: Tuning) -> list[str]:
     parts = training.gradient_accumulation_steps
     return [
         f"{tuning.subject.name}: {tuning.encoding}; {training.steps} steps of "
-        f"{training.batch_size} x {task.length} tokens in {parts} parts, learning rate "
-        f"{training.learning_rate:g} after {training.warmup_steps} steps; "
+        f"{training.batch_size} x {task.length} tokens in {parts} part{'s' * (parts > 1)}, "
+        f"learning rate {training.learning_rate:g} after {training.warmup_steps} steps; "
         f"{len(task.train_tokens):,} tokens to train on, {len(task.validation_tokens):,} to "
         f"validate; folder: {tuning.folder}",
         *tuning.notes,

@@ -26,6 +26,7 @@ from whatwhere.lab.process import is_main_process
 from whatwhere.lab.recipes.schema import TrainingSettings
 from whatwhere.lab.runs import RunFolder
 
+RECORD = "finetune.json"
 COLUMNS = ["when", "length", "windows", "tokens", "loss"]
 """Columns of loss_by_length.csv; `when` is before or after."""
 
@@ -63,17 +64,12 @@ class Tuning(RunFolder):
     @property
     def record(self) -> Path:
         """`finetune.json`: what the weights depend on, versions, device, data."""
-        return self.folder / "finetune.json"
+        return self.folder / RECORD
 
     @property
     def losses(self) -> Path:
         """`loss_by_length.csv`: loss at each length, before and after."""
         return self.folder / "loss_by_length.csv"
-
-    @property
-    def finished(self) -> bool:
-        """Whether it is trained and measured."""
-        return self.trained and "after" in set(self.measured()["when"])
 
     def load_model(self) -> Any:
         """The model to start from, on the CPU.
@@ -109,6 +105,7 @@ def prepare(
             is of another fine-tuning or of something else.
     """
     settings = settings or TuningSettings()
+    _check_place(output)
     subject = find_subject(folder)
     length = _length(subject, settings)
     if not text:
@@ -143,7 +140,7 @@ def prepare(
         identity=_identity(encoding, subject.model, task, settings, training),
         encoding=encoding,
     )
-    _check_output(made)
+    _check_record(made)
     return made
 
 
@@ -172,16 +169,18 @@ def finetune(tuning: Tuning, model: Any = None) -> pd.DataFrame:
         _train(tuning, model)
         return pd.DataFrame(columns=COLUMNS)
     with storage.lock(tuning.folder):
-        _check_output(tuning)
+        _check_record(tuning)
         if not tuning.trained:
             if not tuning.record.exists():
                 record = {"identity": tuning.identity, "data": tuning.task.describe()}
                 storage.write_json(tuning.record, record | surroundings())
-            _measure(tuning, model, "before")
+            if tuning.measured().empty:
+                _measure(tuning, model, "before")
             _train(tuning, model)
         del model
-        if not tuning.finished:
+        if "after" not in set(tuning.measured()["when"]):
             _measure(tuning, Source(str(tuning.model)).load_model(), "after")
+        if not (tuning.folder / "loss_by_length.png").exists():
             _draw(tuning)
     return tuning.measured()
 
@@ -240,10 +239,7 @@ def _rope_types(config: Any) -> set[str]:
 
 
 def _measure(tuning: Tuning, model: Any, when: str) -> None:
-    known = tuning.measured()
-    if when in set(known["when"]):
-        return
-    task = tuning.task
+    known, task = tuning.measured(), tuning.task
     rows = [{str(key): value for key, value in row.items()} for row in known.to_dict("records")]
     model.to(best_device()).eval()
     for length in tuning.lengths:
@@ -343,14 +339,16 @@ def _digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def _check_output(tuning: Tuning) -> None:
-    if tuning.folder.exists() and not tuning.folder.is_dir():
-        raise ValueError(f"output: {tuning.folder} is a file: expected a folder")
+def _check_place(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: {output} is a file: expected a folder")
+    strange = not (output / RECORD).exists()
+    if strange and any(not file.name.startswith(".") for file in output.glob("*")):
+        raise ValueError(f"output: {output} holds files but no {RECORD}: choose another one")
+
+
+def _check_record(tuning: Tuning) -> None:
     if not tuning.record.exists():
-        if any(not file.name.startswith(".") for file in tuning.folder.glob("*")):
-            raise ValueError(
-                f"output: {tuning.folder} holds files but no finetune.json: choose another one"
-            )
         return
     found = storage.read_json(tuning.record)
     if not isinstance(found, dict) or "identity" not in found:
