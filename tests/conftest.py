@@ -46,3 +46,15 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no sample data in {folder}; set WHATWHERE_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture
+def no_bars() -> Iterator[None]:
+    """The bars of transformers off: the command line turns them off before it is imported."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    yield
+    if shown:
+        logging.enable_progress_bar()

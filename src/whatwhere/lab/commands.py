@@ -15,7 +15,9 @@ from rich.table import Table
 
 from whatwhere.lab import recipes
 from whatwhere.lab.bench.command import Bench
+from whatwhere.lab.convert.command import Convert
 from whatwhere.lab.errors import UserError, user_errors
+from whatwhere.lab.finetune.command import Finetune
 from whatwhere.lab.harness.command import Evaluate, Needles
 from whatwhere.lab.lengths import parse_lengths
 from whatwhere.lab.process import is_main_process
@@ -168,6 +170,8 @@ COMMANDS: dict[str, type[Command]] = {
     "needles": Needles,
     "report": Report,
     "bench": Bench,
+    "convert": Convert,
+    "finetune": Finetune,
 }
 
 

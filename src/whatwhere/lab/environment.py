@@ -5,12 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 PACKAGES = ("whatwhere", "torch", "transformers", "accelerate", "numpy")
+
+
+def surroundings() -> dict[str, Any]:
+    """What the record of a run says besides its config: versions, device, commit, time."""
+    return {
+        "versions": versions(),
+        "device": device(),
+        "git_commit": git_commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ import whatwhere as ww
 from whatwhere.lab import runs, storage
 from whatwhere.lab.data import Batch, Task, TextTask
 from whatwhere.lab.data.base import IGNORED
+from whatwhere.lab.pretrained import Source
 from whatwhere.lab.runs import Run
 
 # Bounds of one forward pass: tokens, and numbers in its logits (512 MiB in float32).
@@ -124,21 +125,7 @@ def load_model(folder: Path) -> Any:
     Raises:
         ValueError: If there is none, or its files are not what they should be.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    import whatwhere.models  # noqa: F401  (registers our own model type)
-
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no model: there is no config.json")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype="auto", trust_remote_code=False
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} holds no model that can be read: {reason}") from error
-    return model.to(best_device())
+    return Source(str(folder)).load_model().to(best_device())
 
 
 def evaluate(run: Run, task: Task, source: Run | None = None) -> list[str]:

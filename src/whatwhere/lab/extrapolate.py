@@ -20,8 +20,7 @@ from whatwhere.lab.evaluate import (
     longest,
     write_positions,
 )
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+from whatwhere.lab.pretrained import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def find_subject(folder: Path) -> Subject:
     config = storage.read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} is no config of a model: it is no mapping")
-    length = config.get("max_position_embeddings")
+    # A converted model keeps the length it was trained at apart from the one it is meant for.
+    length = config.get("train_length") or config.get("max_position_embeddings")
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         return Subject(folder, str(folder), length)
     if config.get("vocab_size") == 256:

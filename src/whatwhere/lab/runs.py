@@ -10,14 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from whatwhere.lab.environment import device, git_commit, versions
+from whatwhere.lab.environment import surroundings
 from whatwhere.lab.recipes.schema import (
     Data,
     EncodingChoice,
@@ -46,16 +45,10 @@ class RunConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One encoding and one seed, and the folder that belongs to them."""
+class RunFolder:
+    """What a training loop leaves in its folder."""
 
     folder: Path
-    config: RunConfig
-
-    @property
-    def record(self) -> Path:
-        """`run.json`: fingerprint, config, versions, device, data."""
-        return self.folder / "run.json"
 
     @property
     def log(self) -> Path:
@@ -73,16 +66,6 @@ class Run:
         return self.folder / "model"
 
     @property
-    def results(self) -> Path:
-        """`results.csv` of this run alone; there once the run is evaluated."""
-        return self.folder / "results.csv"
-
-    @property
-    def positions(self) -> Path:
-        """`loss_by_position.csv`: loss within the longest evaluated window."""
-        return self.folder / "loss_by_position.csv"
-
-    @property
     def done(self) -> Path:
         """`done.json`: there once training has ended."""
         return self.folder / "done.json"
@@ -91,6 +74,28 @@ class Run:
     def trained(self) -> bool:
         """Whether training has ended."""
         return self.done.exists()
+
+
+@dataclass(frozen=True)
+class Run(RunFolder):
+    """One encoding and one seed, and the folder that belongs to them."""
+
+    config: RunConfig
+
+    @property
+    def record(self) -> Path:
+        """`run.json`: fingerprint, config, versions, device, data."""
+        return self.folder / "run.json"
+
+    @property
+    def results(self) -> Path:
+        """`results.csv` of this run alone; there once the run is evaluated."""
+        return self.folder / "results.csv"
+
+    @property
+    def positions(self) -> Path:
+        """`loss_by_position.csv`: loss within the longest evaluated window."""
+        return self.folder / "loss_by_position.csv"
 
     @property
     def evaluated(self) -> bool:
@@ -181,10 +186,7 @@ def claim(run: Run, data: dict[str, Any], source: Run | None = None) -> None:
             "config": config,
             "data": data,
             "source": source.folder.name if source else None,
-            "versions": versions(),
-            "device": device(),
-            "git_commit": git_commit(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            **surroundings(),
         }
         write_json(run.record, record)
     elif found["config"]["evaluation"] != config["evaluation"]:

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from whatwhere.lab.data.base import Batch, Device, Split, Task
 from whatwhere.lab.data.packing import Packing, pack
-from whatwhere.lab.data.sources import read_corpus, split_by_file, split_by_position
+from whatwhere.lab.data.sources import (
+    Corpus,
+    Document,
+    read_corpus,
+    split_by_file,
+    split_by_position,
+)
 from whatwhere.lab.data.tokens import Tokens, load_stream, load_tokenizer
 
 
@@ -76,31 +82,31 @@ class TextTask(Task):
     Args:
         data: Settings.
         cache_dir: Where token streams are kept, `~/.cache/whatwhere` by default; bytes need none.
+        validation: Files, folders or patterns of validation text; all of `data` then is training
+            text.
 
     Raises:
         ValueError: No text where `paths` say, a named file that is empty or binary, a tokenizer
-            that cannot be loaded, or less text than one window in a split.
+            that cannot be loaded, a document that is both training and validation text, or less
+            text than one window in a split.
     """
 
     splits = ("validation",)
 
-    def __init__(self, data: TextData, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self, data: TextData, cache_dir: Path | None = None, validation: Sequence[str] = ()
+    ) -> None:
         self.data = data
         self.length = data.length
         self.tokenizer = load_tokenizer(data.tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
         corpus = read_corpus(data.paths, data.max_bytes)
         self._split = data.split
-        if data.split == "file" and len(corpus.documents) == 1:
-            name = corpus.documents[0].name
-            warnings.warn(
-                f"split='file' with the one file {name!r}: its last part is validation instead "
-                "(split='position')",
-                stacklevel=2,
-            )
-            self._split = "position"
-        divide = split_by_file if self._split == "file" else split_by_position
-        divided = divide(corpus.documents, data.validation_fraction)
+        divided = (
+            _held_apart(corpus, read_corpus(validation, data.max_bytes))
+            if validation
+            else self._divide(corpus)
+        )
         self._about = {
             "source": corpus.source,
             "files": len(corpus.documents),
@@ -119,6 +125,18 @@ class TextTask(Task):
                     f"one window of length={self.length}; give more text, a shorter length or "
                     "another validation_fraction"
                 )
+
+    def _divide(self, corpus: Corpus) -> tuple[list[Document], list[Document]]:
+        if self._split == "file" and len(corpus.documents) == 1:
+            name = corpus.documents[0].name
+            warnings.warn(
+                f"split='file' with the one file {name!r}: its last part is validation instead "
+                "(split='position')",
+                stacklevel=3,
+            )
+            self._split = "position"
+        divide = split_by_file if self._split == "file" else split_by_position
+        return divide(corpus.documents, self.data.validation_fraction)
 
     @property
     def train_tokens(self) -> Tokens:
@@ -255,6 +273,14 @@ def spaced_windows(tokens: Tokens, length: int, count: int) -> Tensor:
         )
     starts = _evenly_spaced(len(tokens) - length, count)
     return torch.from_numpy(_take(tokens, starts, length))
+
+
+def _held_apart(train: Corpus, validation: Corpus) -> tuple[list[Document], list[Document]]:
+    known = {document.digest for document in train.documents}
+    for document in validation.documents:
+        if document.digest in known:
+            raise ValueError(f"validation: {document.name!r} is training text, too")
+    return list(train.documents), list(validation.documents)
 
 
 def _evenly_spaced(last: int, count: int) -> NDArray[np.int64]:

@@ -208,12 +208,14 @@ def _load_pretrained(name: str) -> Any:
     folder = Path(name).expanduser()
     try:
         if folder.is_dir():
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         try:
             # What was fetched before needs no network, nor the long wait for one that is missing.
-            return AutoTokenizer.from_pretrained(name, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                name, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError):
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise plain Exception, too
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :.")
         raise ValueError(

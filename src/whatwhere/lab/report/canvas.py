@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.style import context
@@ -47,6 +49,9 @@ RC: dict[str, Any] = {
 
 LONGEST_NAME = 32
 """Characters of a name that are shown."""
+MOST_POINTS = 400
+SETTLED = 0.1
+"""Part of a training run that does not count for the limits of its axis: it falls steeply."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +240,39 @@ def end_labels(place: Canvas, ends: Sequence[End]) -> None:
         if end.x < furthest:
             marker = {"color": style.colour, "marker": style.marker, "clip_on": False}
             axes.plot([1.015], [share], transform=axes.transAxes, markersize=6, **marker)
+
+
+def smoothed(losses: pd.Series[float]) -> pd.Series[float]:
+    """The mean of neighbours, a twentieth of the run at a time."""
+    window = max(1, len(losses) // 20)
+    return losses.rolling(window, center=True, min_periods=1).mean()
+
+
+def thinned(values: pd.Series[Any]) -> Any:
+    """Means of neighbours, so that a long log does not make a page of megabytes."""
+    together = math.ceil(len(values) / MOST_POINTS)
+    return values.groupby(np.arange(len(values)) // together).mean().to_numpy()
+
+
+def limit(place: Canvas, values: pd.Series[float]) -> None:
+    """Make y end a little beyond these values."""
+    low, high = float(values.min()), float(values.max())
+    room = 0.06 * (high - low) or 0.1
+    place.axes.set_ylim(low - room, high + room)
+
+
+def points(place: Canvas, x: pd.Series[Any], y: pd.Series[Any], style: Style) -> None:
+    """Draw markers alone."""
+    place.axes.plot(
+        x,
+        y,
+        style.marker,
+        color=style.colour,
+        markersize=5,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        zorder=4,
+    )
 
 
 def save(figure: Figure, path_stem: Path) -> list[Path]:

@@ -20,17 +20,22 @@ from matplotlib.style import context
 from whatwhere.lab.report.canvas import (
     LONGEST_NAME,
     RC,
+    SETTLED,
     Canvas,
     End,
     band,
     canvas,
     end_labels,
     length_axis,
+    limit,
     mark_training_length,
     percent_axis,
+    points,
     save,
     shorten,
+    smoothed,
     step_axis,
+    thinned,
 )
 from whatwhere.lab.report.palette import Style, styles
 
@@ -45,12 +50,9 @@ PAPER: dict[str, Any] = {
 }
 
 BINS_PER_OCTAVE = 12
-MOST_POINTS = 400
 MOST_MARKERS = 25
 LEAST_SPAN = 0.1
 """Least height of the axis of losses by length, as a share of the highest: flat looks flat."""
-SETTLED = 0.1
-"""Part of a training run that does not count for the limits of its axis: it falls steeply."""
 
 
 def loss_by_length(
@@ -205,7 +207,7 @@ def draw_loss_by_position(
     _label_loss(place, unit, table)
     # The first few positions have no context to speak of and would flatten all others.
     settled = binned.loc[binned["position"] >= min(8, table["position"].max()), "loss"]
-    _limit(place, settled)
+    limit(place, settled)
     place.axes.set_xlabel(f"position, {_plural(unit)} from the start of the window")
     longest = int(table["position"].max()) + 1
     powers = [2**k for k in range(math.floor(math.log2(longest)) + 1)]
@@ -222,24 +224,24 @@ def draw_training_curves(
     """Draw what `training_curves` writes."""
     table = _finite(logs, "loss").sort_values("step", kind="stable")
     runs = table.groupby(["encoding", "seed"], sort=False)
-    table = table.assign(smooth=runs["loss"].transform(_smoothed))
+    table = table.assign(smooth=runs["loss"].transform(smoothed))
     styling = styling or styles(table["encoding"])
     ends = _run_ends(table, "smooth", styling)
     place = canvas("Loss during training", narrow, ends)
     settled, start = [], SETTLED * table["step"].max()
     for (label, _), run in table.groupby(["encoding", "seed"], sort=False):
         style = styling[str(label)]
-        x, raw, smooth = (_thinned(run[column]) for column in ("step", "loss", "smooth"))
+        x, raw, smooth = (thinned(run[column]) for column in ("step", "loss", "smooth"))
         place.axes.plot(x, raw, "-", color=style.colour, alpha=0.18, linewidth=0.7)
         place.axes.plot(x, smooth, style.dashes, color=style.colour, linewidth=1.5, zorder=3)
         settled.append(run.loc[run["step"] >= start, "smooth"])
         if "validation_loss" in run:
             known = _known(run, "validation_loss")
-            _points(place, known["step"], known["validation_loss"], style)
+            points(place, known["step"], known["validation_loss"], style)
             settled.append(known.loc[known["step"] >= start, "validation_loss"])
     place.axes.set_ylabel(f"loss, {unit}")
     place.note("line: training loss, smoothed; faint: as logged; markers: validation loss")
-    _limit(place, pd.concat(settled))
+    limit(place, pd.concat(settled))
     step_axis(place, int(table["step"].max()))
     end_labels(place, ends)
     return place.figure
@@ -267,7 +269,7 @@ def draw_accuracy_curves(
         style, x, y = styling[str(label)], run["step"], 100 * run["validation_accuracy"]
         place.axes.plot(x, y, style.dashes, color=style.colour, linewidth=1.5, zorder=3)
         if len(run) <= MOST_MARKERS:
-            _points(place, x, y, style)
+            points(place, x, y, style)
     place.axes.set_ylabel("validation accuracy, %")
     place.note("one line a run")
     percent_axis(place.axes.yaxis)
@@ -344,17 +346,6 @@ def _means(table: pd.DataFrame, by: str, column: str) -> dict[str, pd.DataFrame]
     }
 
 
-def _smoothed(losses: pd.Series[float]) -> pd.Series[float]:
-    window = max(1, len(losses) // 20)
-    return losses.rolling(window, center=True, min_periods=1).mean()
-
-
-def _thinned(values: pd.Series[Any]) -> Any:
-    # Means of neighbours, so that a long log does not make a page of megabytes.
-    together = math.ceil(len(values) / MOST_POINTS)
-    return values.groupby(np.arange(len(values)) // together).mean().to_numpy()
-
-
 def _label_loss(place: Canvas, unit: str, table: pd.DataFrame) -> None:
     place.axes.set_ylabel(f"loss, {unit}")
     seeds = table.groupby("encoding")["seed"].nunique()
@@ -364,25 +355,6 @@ def _label_loss(place: Canvas, unit: str, table: pd.DataFrame) -> None:
         return
     count = f"{many}" if few == many else f"{few} to {many}"
     place.note(f"mean over {count} seeds; band: one standard deviation")
-
-
-def _limit(place: Canvas, values: pd.Series[float]) -> None:
-    low, high = float(values.min()), float(values.max())
-    room = 0.06 * (high - low) or 0.1
-    place.axes.set_ylim(low - room, high + room)
-
-
-def _points(place: Canvas, x: pd.Series[Any], y: pd.Series[Any], style: Style) -> None:
-    place.axes.plot(
-        x,
-        y,
-        style.marker,
-        color=style.colour,
-        markersize=5,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
-        zorder=4,
-    )
 
 
 def _bar(axes: Any, row: float, mean: float, deviation: float, colour: str) -> None:
