@@ -9,7 +9,7 @@ TORCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick-test check format bench docs clean
+.PHONY: demo test test-oldest quick-test check format bench docs clean
 
 demo: $(VENV)/.lab
 	$(BIN)/whatwhere compare text --preset quick --output runs/demo
@@ -17,6 +17,13 @@ demo: $(VENV)/.lab
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# The models again with the oldest transformers that is supported, in an environment of its own.
+OLDEST := $(VENV)-oldest
+OLD_TRANSFORMERS := 5.17.0
+
+test-oldest: $(OLDEST)/.done
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/models
 
 quick-test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
@@ -37,7 +44,7 @@ docs: demo
 	cp runs/demo/loss_by_length.svg runs/demo/loss_by_length.png docs/
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .mypy_cache
 
 # torch comes first and by itself, so that nothing else chooses a build of it.
 $(VENV)/.torch: constraints.txt
@@ -53,3 +60,13 @@ $(VENV)/.lab: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.lab
+
+# Pins of what comes with transformers are those of another version.
+$(OLDEST)/.done: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	grep -viE '^(transformers|tokenizers|huggingface_hub|hf-xet|httpx2|httpcore2)==' constraints.txt > $(OLDEST)/pins.txt
+	echo transformers==$(OLD_TRANSFORMERS) >> $(OLDEST)/pins.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet -c $(OLDEST)/pins.txt $(TORCH_ARGS) torch
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet -c $(OLDEST)/pins.txt \
+		--editable '.[models]' accelerate peft pytest pytest-xdist
+	@touch $@

@@ -156,7 +156,7 @@ class CacheView:
             keys = encode_keys(keys, self.spec, self.layout.positions)
         else:
             keys = unturned(keys, self.spec)
-        stored = self.cache.update(keys, values, layer, *args, **kwargs)
+        stored: tuple[Tensor, Tensor] = self.cache.update(keys, values, layer, *args, **kwargs)
         if self.layout.fresh:
             return keys, values
         if self.layout.key_positions is not None:
