@@ -156,6 +156,19 @@ def test_other_weights_stay_and_only_delta_is_added():
     assert all(after[name].shape == (HEADS, HEAD_DIM) and not after[name].any() for name in added)
 
 
+def test_a_config_that_several_models_share():
+    model = stock("gemma3_text")
+    config = model.config
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    before, expected = config.to_dict(), other(IDS).logits
+    wm.convert(model, "pope")
+    assert config.to_dict() == before and other.config is config
+    assert torch.equal(other(IDS).logits, expected)
+    configs = {id(m.config) for m in model.modules() if hasattr(m, "config")}
+    assert configs == {id(model.config)} != {id(config)}
+
+
 def test_options_that_the_model_decides():
     model = wm.convert(stock("gemma3_text"), "pope", base=500.0)
     assert model.config.position_encoding_options == {"base": 500.0}

@@ -154,7 +154,7 @@ def test_what_cannot_be_is_said():
     model = converted("llama")
     with pytest.raises(ValueError, match=r"attn_implementation='sdpa'.*attention_backend"):
         model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="not supported for continuous batching|attends with"):
+    with pytest.raises(ValueError, match=r"not supported for continuous batching|attends with"):
         model.generate_batch([[3, 4, 5]])
     with pytest.raises(ValueError, match="output_attentions"):
         model(IDS, output_attentions=True)

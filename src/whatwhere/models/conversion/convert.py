@@ -96,9 +96,7 @@ def give_encodings(
         raise ValueError(f"encoding {names} with several position axes: text has one")
     kind: Any = type(config)
     made = config_class(kind)
-    decoder_config = cast(Any, parts.decoder.config)
-    for one in {id(c): c for c in (config, decoder_config)}.values():
-        _write_config(one, made, entries, length, backend, cache_form)
+    _replace_config(model, _new_config(config, made, entries, length, backend, cache_form))
     model.__class__ = registered(made, MODEL_FOR_CAUSAL_LM_MAPPING)
     attach(parts, encodings)
     return model
@@ -177,15 +175,25 @@ def _resolve(
     return name, settled
 
 
-def _write_config(
+def _replace_config(model: Any, made: Any) -> None:
+    """Give a model's modules another config: the one they have may be another model's as well."""
+    before = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = made
+
+
+def _new_config(
     config: Any,
     made: type[PreTrainedConfig],
     entries: list[tuple[str, dict[str, Any]]],
     length: int | None,
     backend: str,
     cache_form: str,
-) -> None:
+) -> Any:
+    """The config of the converted model."""
     before, came_from = config.model_type, str(getattr(config, "_name_or_path", "") or "")
+    config = copy.deepcopy(config)
     config.__class__ = made
     config.base_model_type = before
     # A folder on somebody's disk is nobody else's business.
@@ -199,6 +207,7 @@ def _write_config(
     config.attention_backend, config.cache_form = backend, cache_form
     config.rope_parameters = _marked(config.rope_parameters or {})
     config._attn_implementation_internal = IMPLEMENTATION
+    return config
 
 
 def _marked(rope_parameters: dict[str, Any]) -> dict[str, Any]:
