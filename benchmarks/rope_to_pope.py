@@ -42,6 +42,7 @@ from whatwhere.models.initialise import (
     from_signs,
     recombined,
 )
+from whatwhere.models.score_distil import distilled
 
 STYLES = {
     "plain": Style("PoPE, RoPE's weights as they are", "#7f7f7f", "X"),
@@ -49,8 +50,10 @@ STYLES = {
     "signs": Style("PoPE, signs (QK-Norm)", "#cc79a7", "v"),
     "centres": Style("PoPE, centres", "#56b4e9", "s"),
     "scores": Style("PoPE, scores fitted", "#0072b2", "o"),
+    "distilled": Style("PoPE, scores fitted, distilled", "#009e73", "p"),
     "rope": Style("RoPE, trained on", "#d55e00", "^"),
 }
+FITTED = 8  # windows that scores are fitted to; distillation takes all
 OTHER_BATCHES = 1000  # added to a seed: fine-tuning must not repeat the first batches of training
 
 
@@ -82,7 +85,11 @@ def start_of(name: str, rope: Any, pope: Any, q: Tensor, k: Tensor) -> PolarStar
         return from_order(heads, k.shape[1], width, width, rope.scale)
     if name in ("signs", "centres"):
         return {"signs": from_signs, "centres": from_centres}[name](q, k, width, rope.scale)
-    return from_scores(q, k, rope.inv_freq()[0], pope.inv_freq()[0], rope.scale)
+    frequencies = rope.inv_freq()[0], pope.inv_freq()[0]
+    start = from_scores(q[:FITTED], k[:FITTED], *frequencies, rope.scale)
+    if name == "scores":
+        return start
+    return distilled(start, q, k, *frequencies, rope.scale)
 
 
 def converted(source: Any, name: str, windows: Tensor) -> Any:
@@ -119,8 +126,8 @@ class Args:
     """Where runs and curve go."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the runs to start from."""
-    starts: tuple[str, ...] = ("plain", "order", "centres", "scores", "rope")
-    """Among plain, order, signs, centres, scores, rope."""
+    starts: tuple[str, ...] = ("plain", "order", "centres", "scores", "distilled", "rope")
+    """Among plain, order, signs, centres, scores, distilled, rope."""
     steps: int = 500
     """Optimizer steps of each."""
     warmup_steps: int = 20
@@ -129,8 +136,8 @@ class Args:
     """Constant after the warm-up."""
     validate_every: int = 25
     """Steps between points of the curve."""
-    windows: int = 8
-    """Windows of training text that starts are fitted to."""
+    windows: int = 24
+    """Windows of training text that starts are made with."""
 
 
 def fine_tune(args: Args, name: str, seed: int, source: runs.Run) -> list[dict[str, Any]]:

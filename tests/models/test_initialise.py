@@ -21,6 +21,7 @@ from whatwhere.models.initialise import (
     from_signs,
     recombined,
 )
+from whatwhere.models.score_distil import distilled
 
 N, H, G, T, D = 3, 4, 2, 24, 16
 SCALE = D**-0.5
@@ -236,6 +237,38 @@ def test_channels_that_did_not_rotate_give_what_they_gave(make: str) -> None:
     assert start.queries[:, :turning, turning:].count_nonzero() == 0
 
 
+def refined(start: PolarStart, **kwargs: Any) -> PolarStart:
+    kwargs = {"steps": 30, **kwargs}
+    return distilled(start, *clusters(0), PAIR_FREQ, FREQ, SCALE, **kwargs)
+
+
+@pytest.mark.parametrize("make", ["signs", "centres"])
+@pytest.mark.parametrize("delta_alone", [False, True])
+def test_distilled_starts_are_better_on_other_text(make: str, delta_alone: bool) -> None:
+    start = started(*clusters(0), make)
+    kept = [x.clone() for x in (start.queries, start.keys, start.delta)]
+    better = refined(start, delta_alone=delta_alone)
+    fresh = clusters(1)
+    share = 0.98 if delta_alone else 0.6
+    assert divergence(better, *fresh) < share * divergence(start, *fresh)
+    assert ((better.delta >= -2 * math.pi) & (better.delta <= 0)).all()
+    assert torch.equal(better.queries, start.queries) == delta_alone
+    assert torch.equal(better.keys, start.keys) == delta_alone
+    for before, now in zip(kept, (start.queries, start.keys, start.delta), strict=True):
+        assert torch.equal(before, now)
+
+
+def test_distilling_is_the_same_each_time_and_needs_no_gradients_around_it() -> None:
+    start = started(*clusters(0), "centres")
+    with torch.inference_mode():
+        queries, keys = clusters(0)
+    with torch.no_grad():
+        one = distilled(start, queries, keys, PAIR_FREQ, FREQ, SCALE, steps=3)
+    two = refined(start, steps=3)
+    assert torch.equal(one.queries, two.queries) and torch.equal(one.delta, two.delta)
+    assert not one.queries.requires_grad and not one.delta.requires_grad
+
+
 def test_signs_pass_through_a_norm_by_head() -> None:
     q, k = clusters(0)
     start = from_signs(q, k, D, SCALE)
@@ -280,6 +313,12 @@ def test_a_projection_s_bias_is_recombined_as_its_weight() -> None:
         (lambda q, k: from_order(H, G, D, D + 2, SCALE), "turning=18"),
         (lambda q, k: from_scores(q, k, PAIR_FREQ, PAIR_FREQ, SCALE), "frequencies has shape"),
         (lambda q, k: from_scores(q, k, PAIR_FREQ, FREQ, SCALE, sweeps=0), "sweeps=0"),
+        (
+            lambda q, k: distilled(
+                from_order(H, G, D, D, SCALE), q, k, PAIR_FREQ, FREQ, SCALE, steps=0
+            ),
+            "steps=0",
+        ),
         (lambda q, k: recombined(torch.eye(D).repeat(H, 1, 1), q[0, 0]), "rows has shape"),
     ],
 )

@@ -146,7 +146,7 @@ def from_signs(queries: Tensor, keys: Tensor, turning: int, scale: float) -> Pol
     return PolarStart(
         _with_rest(_interleaved(crossed * sign_q[..., None]), start),
         _with_rest(_interleaved(straight * sign_k[..., None]), start),
-        _bounded(_interleaved(phase[..., None])[..., 0]),
+        bounded(_interleaved(phase[..., None])[..., 0]),
         scale / SHARPNESS**2,
     )
 
@@ -180,7 +180,7 @@ def from_centres(queries: Tensor, keys: Tensor, turning: int, scale: float) -> P
     return PolarStart(
         _with_rest(_interleaved(_directions(along_queries)), start),
         _with_rest(_interleaved(_directions(along_keys)), start),
-        _bounded(_interleaved(delta[..., None])[..., 0]),
+        bounded(_interleaved(delta[..., None])[..., 0]),
         scale / SHARPNESS**2,
     )
 
@@ -264,7 +264,7 @@ def _from_fit(fit: ScoreFit, start: PolarStart, scale: float) -> PolarStart:
     return PolarStart(
         maps(fit.query_angles, fit.query_choice, query_gain),
         maps(fit.key_angles, fit.key_choice, key_gain),
-        _bounded(delta),
+        bounded(delta),
         scale / SHARPNESS**2,
     )
 
@@ -317,6 +317,6 @@ def _directions(angles: Tensor) -> Tensor:
     return torch.cat((torch.diag_embed(angles.cos()), torch.diag_embed(angles.sin())), -1).float()
 
 
-def _bounded(phase: Tensor) -> Tensor:
-    # In (-2 pi, 0], so that what is 0 stays 0.
+def bounded(phase: Tensor) -> Tensor:
+    """The same angles in ``(-2 pi, 0]``, delta's bounds; what is 0 stays 0."""
     return -torch.remainder(-phase.double(), DELTA_BOUND).float()
