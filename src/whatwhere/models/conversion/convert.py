@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -21,6 +22,7 @@ from whatwhere.models.conversion.classes import (
     make_encodings,
 )
 from whatwhere.models.conversion.forward import IMPLEMENTATION
+from whatwhere.models.conversion.starts import Start, apply_starts, check_start, make_starts
 from whatwhere.models.conversion.structure import (
     Convertibility,
     NotConvertibleError,
@@ -36,15 +38,18 @@ def convert(
     encoding: str,
     *,
     train_length: int | None = None,
+    start: Start = "weights",
+    calibration: Tensor | None = None,
     backend: str = "auto",
     cache_form: str = "auto",
     **given: Any,
 ) -> PreTrainedModel:
     """Give a causal language model of transformers another position encoding, in place.
 
-    Its weights stay as they are; parameters of the encoding (PoPE's ``delta``) are added to its
-    attention modules as ``position_encoding``. Attention is `whatwhere.attention` from then on.
-    Layers that have no rotation in the model (some of SmolLM3) stay without.
+    Its weights stay as they are unless ``start`` says otherwise; parameters of the encoding
+    (PoPE's ``delta``) are added to its attention modules as ``position_encoding``. Attention is
+    `whatwhere.attention` from then on. Layers that have no rotation in the model (some of
+    SmolLM3) stay without.
 
     A rotation keeps the model's own pairs of channels, ``c`` and ``c + D/2``: partial rotations
     and RoPE-ID turn the first pairs, which were the fastest, and their scores are those of
@@ -55,6 +60,12 @@ def convert(
         encoding: A name in `whatwhere.ENCODINGS`, but for those added to token embeddings.
         train_length: Length in tokens the model was trained at, for encodings that depend on
             one; ``max_position_embeddings`` of its config by default.
+        start: For ``"pope"`` on a trained model, how queries and keys are recombined within each
+            head so that less is to be learned anew (`whatwhere.models.initialise`,
+            ``docs/from_rope.md``): ``"scores"`` fits RoPE's scores on some text, ``"centres"``
+            and ``"signs"`` use its means, ``"order"`` needs none; ``"weights"`` leaves them.
+            With QK-Norm only ``"order"`` and ``"signs"``.
+        calibration: ``(N, T)`` tokens of some text, for starts that need it; a few windows.
         backend: A name in `whatwhere.BACKENDS`, or ``"auto"``.
         cache_form: Whether caches keep ``"encoded"`` or ``"raw"`` keys; ``"auto"`` takes what
             decodes faster on the device.
@@ -76,8 +87,16 @@ def convert(
     config = cast(Any, model.config)
     length = getattr(config, "max_position_embeddings", None)
     length = length if train_length is None else train_length
+    given = check_start(parts, start, encoding, given, calibration)
     entries = [_resolve(parts, layer, encoding, given) for layer in range(len(parts.attentions))]
-    return give_encodings(model, parts, entries, length, backend, cache_form)
+    if start == "weights":
+        return give_encodings(model, parts, entries, length, backend, cache_form)
+    starts = make_starts(model, parts, start, calibration)
+    for (_, settled), made in zip(entries, starts, strict=True):
+        settled |= {} if made is None else {"scale": made.scale}
+    give_encodings(model, parts, entries, length, backend, cache_form)
+    apply_starts(parts, starts)
+    return model
 
 
 def give_encodings(
