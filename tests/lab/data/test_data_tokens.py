@@ -197,8 +197,9 @@ def test_tokenizer_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     message = error_of("some/name")
     assert "We couldn't connect to the hub)" in message
     assert "a local folder made by save_pretrained" in message
-    # What is on disk is tried first, and no code of others is ever asked for.
-    assert calls == [{"local_files_only": True}, {}]
+    # What is on disk is tried first, and code of others is refused without a question.
+    refused = {"trust_remote_code": False}
+    assert calls == [{"local_files_only": True, **refused}, refused]
 
 
 def test_missing_transformers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
