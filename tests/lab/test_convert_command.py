@@ -124,6 +124,22 @@ def test_weights_have_the_dtype_asked_for(
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == expected
 
 
+def test_text_gives_pope_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --text queries and keys are recombined by the best start that the model takes."""
+    model = llama(tmp_path / "llama", vocab_size=256)
+    (tmp_path / "a.txt").write_text("It was the best of times, it was the worst of times. " * 20)
+    text = ["--text", str(tmp_path / "a.txt")]
+    said = {"scores": "fit RoPE's scores", "order": "order of frequencies", "weights": "as they"}
+    for start, more in (("scores", text), ("order", ["--start", "order"]), ("weights", [])):
+        assert main(convert(tmp_path / "llama", tmp_path / start, *more)) == 0
+        assert said[start] in capsys.readouterr().out
+        weights = load_file(tmp_path / start / "model.safetensors")
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(weights[name], model.state_dict()[name]) == (start == "weights")
+        delta = weights["model.layers.0.self_attn.position_encoding.delta"]
+        assert bool(delta.any()) == (start == "scores")
+
+
 def test_a_shim_is_written_on_request(tmp_path: Path) -> None:
     llama(tmp_path / "llama")
     for index, more in enumerate(([], ["--shim"])):

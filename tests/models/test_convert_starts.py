@@ -51,7 +51,7 @@ def test_recording_finds_what_is_rotated_and_leaves_nothing_behind(family):
 @pytest.mark.parametrize("name", ["order", "signs", "centres", "scores"])
 @pytest.mark.parametrize("family", NAMED)
 def test_projections_make_the_recombined_states(family, name, monkeypatch):
-    """Of the converted model's first layer, whose input is the same: ``q' = A q``, ``k' = B k``."""
+    """Of the converted model's first layer, whose input is the same: ``A q`` and ``B k``."""
     model = stock(family)
     before = raw_states(model)[0]
     given = {} if name == "order" else {"calibration": TEXT}

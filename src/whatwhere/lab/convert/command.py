@@ -19,8 +19,8 @@ from whatwhere.lab.storage import RunError
 class Convert:
     """Give a causal language model of transformers another position encoding.
 
-    Its weights stay as they are, so that it reads text badly until it is fine-tuned
-    (`whatwhere finetune`).
+    From RoPE to PoPE it reads text badly until it is fine-tuned (`whatwhere finetune`), less so
+    with some --text to start from.
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -31,6 +31,10 @@ class Convert:
     """new folder for the converted model and its tokenizer"""
     set: tuple[str, ...] = ()
     """options of the encoding, as fraction=0.5 delta=uniform"""
+    start: Literal["auto", "weights", "order", "signs", "centres", "scores"] = "auto"
+    """what becomes of queries and keys for pope (docs/from_rope.md); auto: the best with --text"""
+    text: tuple[str, ...] = ()
+    """UTF-8 files, folders or patterns that starts look at"""
     train_length: int | None = None
     """tokens the model was trained at; max_position_embeddings of its config by default"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -80,6 +84,8 @@ class Convert:
                     given=given,
                     dtype=self.dtype,
                     shim=self.shim,
+                    start=self.start,
+                    text=self.text,
                 )
         for line in report.lines():
             _say(line)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from whatwhere.encodings import options
 from whatwhere.lab import storage
 from whatwhere.lab.pretrained import Source
+
+STARTS = {
+    "weights": "as they were",
+    "order": "channels in the order of frequencies",
+    "signs": "signs and order from their means on the text",
+    "centres": "turned to their centres on the text",
+    "scores": "recombined to fit RoPE's scores on the text",
+}
+NEED_TEXT = ("signs", "centres", "scores")
+
+# What starts look at: as many windows as docs/from_rope.md has measured, and no longer ones.
+WINDOWS, LONGEST = 8, 512
 
 
 @dataclass(frozen=True)
@@ -20,6 +33,7 @@ class Report:
     Attributes:
         name: Class of the model that was converted.
         encoding: Its position encoding now.
+        start: What its queries and keys were made into.
         layers: Layers that have one.
         added: Parameters that came with it.
         cache_bytes: Bytes that a cache takes for each token, all layers together.
@@ -30,6 +44,7 @@ class Report:
 
     name: str
     encoding: str
+    start: str
     layers: int
     added: int
     cache_bytes: int
@@ -43,6 +58,7 @@ class Report:
         return [
             f"{self.name}: {self.encoding} in {self.layers} layers, "
             f"{self.added:,} parameters added",
+            f"queries and keys: {STARTS[self.start]}",
             f"cache: {self.cache_bytes:,} bytes per token; {self.cache}",
             f"tokenizer: {tokenizer}",
             f"written: {self.folder}",
@@ -80,7 +96,8 @@ def convert_folder(
     given: dict[str, Any] | None = None,
     dtype: str = "auto",
     shim: bool = False,
-    **more: Any,
+    start: str = "auto",
+    text: Sequence[str] = (),
 ) -> Report:
     """Convert a model and write it with its tokenizer into a new folder.
 
@@ -93,7 +110,9 @@ def convert_folder(
         dtype: Of the weights, a name in `torch`; ``"auto"`` is that of the checkpoint.
         shim: Whether to add a file with which programs that do not import `whatwhere` can open
             the folder (with ``trust_remote_code=True``).
-        **more: For `whatwhere.models.convert`.
+        start: See `whatwhere.models.convert`; ``"auto"`` is, for PoPE and with text, the best one
+            that the model takes, else ``"weights"``.
+        text: UTF-8 files, folders or patterns for starts that look at some text.
 
     Raises:
         ValueError: If the model cannot be read or converted, the encoding or an option is
@@ -112,7 +131,18 @@ def convert_folder(
     model = source.load_model(dtype)
     tokenizer = source.load_tokenizer()
     name, before = type(model).__name__, _count(model)
-    convert(model, encoding, train_length=train_length, **more, **(given or {}))
+    chosen = _choose_start(start, encoding, model, text)
+    calibration = None
+    if chosen in NEED_TEXT and text:
+        calibration = _windows(source, model, text, tokenizer is not None, train_length)
+    convert(
+        model,
+        encoding,
+        train_length=train_length,
+        start=cast(Any, chosen),
+        calibration=calibration,
+        **(given or {}),
+    )
     with storage.new_folder(output) as folder:
         model.save_pretrained(folder, **({"shim": True} if shim else {}))
         if tokenizer is not None:
@@ -121,6 +151,7 @@ def convert_folder(
     return Report(
         name=name,
         encoding=encoding,
+        start=chosen,
         layers=sum(entry.encoding == encoding for entry in caches),
         added=_count(model) - before,
         cache_bytes=sum(entry.numbers_per_token for entry in caches) * model.dtype.itemsize,
@@ -128,6 +159,38 @@ def convert_folder(
         tokenizer=tokenizer is not None,
         folder=output,
     )
+
+
+def _choose_start(start: str, encoding: str, model: Any, text: Sequence[str]) -> str:
+    if start != "auto":
+        return start
+    if encoding != "pope" or not text:
+        return "weights"
+    normed = any(name.endswith("q_norm") for name, _ in model.named_modules())
+    return "signs" if normed else "scores"
+
+
+def _windows(
+    source: Source, model: Any, text: Sequence[str], tokenizer: bool, train_length: int | None
+) -> Tensor:
+    """A few windows of text, spread evenly."""
+    from whatwhere.lab.data import read_tokens, spaced_windows
+
+    vocabulary = model.config.vocab_size
+    if not tokenizer and vocabulary != 256:
+        raise ValueError(
+            f"text: {source.name} has no tokenizer and its vocabulary of {vocabulary} is not one "
+            "of bytes"
+        )
+    name = str(source.folder or source.name) if tokenizer else "bytes"
+    tokens = read_tokens(text, name)
+    length = min(train_length or model.config.max_position_embeddings, LONGEST)
+    windows = spaced_windows(tokens, min(length, len(tokens)), WINDOWS)
+    if int(windows.max()) >= vocabulary:
+        raise ValueError(
+            f"text: token {int(windows.max())} is outside the model's vocabulary of {vocabulary}"
+        )
+    return windows
 
 
 def check_output(output: Path) -> None:
