@@ -53,7 +53,17 @@ if given.model:
 else:
     model, tokenizer = small_llama(steps=2 if given.quick else 300), None
     settings = TuningSettings(steps=100, batch_size=8, learning_rate=1e-3, tokens=2**15)
-wm.convert(model, "pope")
+
+
+def encode(text: str) -> list[int]:
+    """Tokens: the tokenizer's, or bytes."""
+    return tokenizer(text).input_ids if tokenizer else list(text.encode())
+
+
+# PoPE starts from queries and keys that were recombined to fit RoPE's scores on some text
+# (docs/from_rope.md).
+some = encode(Path(given.book).read_text(encoding="utf-8")[:40_000])[-8 * 128 :]
+wm.convert(model, "pope", start="scores", calibration=torch.tensor(some).view(-1, 128))
 print(model.cache_report()[0])
 converted = given.output / "converted"
 model.save_pretrained(converted)
@@ -72,7 +82,7 @@ print(losses.pivot(index="length", columns="when", values="loss"))
 # 4. Load it (after `import whatwhere.models`), generate, save and load again: the same logits.
 model = AutoModelForCausalLM.from_pretrained(tuning.model).eval()
 prompt = "It was the"
-ids = tokenizer(prompt).input_ids if tokenizer else list(prompt.encode())
+ids = encode(prompt)
 made = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0].tolist()
 print(tokenizer.decode(made) if tokenizer else bytes(made).decode(errors="replace"))
 model.save_pretrained(given.output / "saved")
