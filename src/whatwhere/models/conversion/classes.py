@@ -13,15 +13,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from whatwhere.encodings import Encoding, make
 from whatwhere.models.cache import LayerCache, report_layer
@@ -330,6 +326,9 @@ def attach(parts: Parts, encodings: list[Encoding]) -> None:
     decoder = cast(Any, parts.decoder)
     if not isinstance(decoder, ConvertedDecoder):
         decoder.__class__ = registered(type(decoder.config), MODEL_MAPPING)
+        # transformers notes what a class can return when a model is made, which this one was not;
+        # by update(), since assigning takes a model in some versions and a name in others.
+        _CAN_RECORD_REGISTRY.update({str(type(decoder)): decoder._can_record_outputs})
     decoder.rotary_emb = Unused()
     decoder.rotations = Rotations.of(parts, encodings)
     for module, encoding in zip(parts.attentions, encodings, strict=True):
