@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from convert_cases import ENCODINGS, NAMED, converted, stock
 from transformers import DynamicCache, StaticCache
 
@@ -148,6 +149,22 @@ def test_positions_of_ones_own_without_a_cache():
         shifted = model(IDS, position_ids=gaps + 1000, use_cache=False).logits
     assert (apart - near).abs().max() > 0.1
     assert (apart - shifted).abs().max() < 1e-4 * apart.abs().max()
+
+
+@pytest.mark.parametrize("first", ["convert", "offload"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_weights_that_accelerate_offloads(family, first):
+    """They are on no device but while their module runs."""
+    model = wm.convert(stock(family), "pope")
+    expected = [model(IDS, attention_mask=LEFT).logits, generate(model)]
+    if first == "convert":
+        cpu_offload(model, execution_device="cpu")
+    else:
+        model = wm.convert(cpu_offload(stock(family), execution_device="cpu"), "pope")
+    assert next(model.parameters()).is_meta
+    assert torch.equal(model(IDS, attention_mask=LEFT).logits, expected[0])
+    assert torch.equal(generate(model), expected[1])
+    assert torch.equal(generate(model, **CONTAINERS["static"]), expected[1])
 
 
 def test_what_cannot_be_is_said():

@@ -31,7 +31,7 @@ from whatwhere.models.conversion.forward import (
     before_attention,
 )
 from whatwhere.models.conversion.positions import choose_cache, lay_out_layers
-from whatwhere.models.conversion.structure import Parts, find_parts, registered
+from whatwhere.models.conversion.structure import Parts, computes_on, find_parts, registered
 from whatwhere.models.layer_encodings import own_randomness
 
 MODEL_TYPE = "whatwhere-converted"
@@ -222,7 +222,12 @@ class ConvertedDecoder(Converted):
         past_key_values = choose_cache(
             self, past_key_values, use_cache, position_ids, attention_mask
         )
-        like = cast(Any, self).get_input_embeddings().weight if inputs_embeds is None else given
+        if inputs_embeds is None:
+            # Of an offloaded model the embeddings lie nowhere until they are called.
+            weight = cast(Any, self).get_input_embeddings().weight
+            like = given.new_empty(0, dtype=weight.dtype)
+        else:
+            like = inputs_embeds
         steps, positions = lay_out_layers(
             self.rotations,
             given.shape[0],
@@ -334,7 +339,7 @@ def attach(parts: Parts, encodings: list[Encoding]) -> None:
     for module, encoding in zip(parts.attentions, encodings, strict=True):
         weight = next(module.parameters())
         dtype = weight.dtype if weight.is_floating_point() else None
-        setattr(module, ENCODING, encoding.to(device=weight.device, dtype=dtype))
+        setattr(module, ENCODING, encoding.to(device=computes_on(module), dtype=dtype))
         module.register_forward_pre_hook(before_attention, with_kwargs=True)
 
 

@@ -170,6 +170,15 @@ def registered(config: type[PreTrainedConfig], mapping: Any) -> type[PreTrainedM
     return cast(type[PreTrainedModel], found[0] if isinstance(found, tuple) else found)
 
 
+def computes_on(module: nn.Module) -> torch.device:
+    """Where a module's weights lie; if accelerate has offloaded them, where they are used."""
+    weight = next(module.parameters())
+    hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
+    used = [getattr(hook, "execution_device", None) for hook in hooks]
+    known = [device for device in used if device is not None]
+    return torch.device(known[0]) if weight.is_meta and known else weight.device
+
+
 def _attends(module: nn.Module) -> bool:
     """Whether a module rotates and attends the way all of transformers' recent decoders do."""
     if not hasattr(module, "layer_idx") or not hasattr(module, "is_causal"):
