@@ -98,6 +98,8 @@ def give_encodings(
     made = config_class(kind)
     _replace_config(model, _new_config(config, made, entries, length, backend, cache_form))
     model.__class__ = registered(made, MODEL_FOR_CAUSAL_LM_MAPPING)
+    # Whoever notes this name (adapters of PEFT) would be given the model that it was.
+    cast(Any, model).name_or_path = ""
     attach(parts, encodings)
     return model
 
@@ -199,6 +201,7 @@ def _new_config(
     # A folder on somebody's disk is nobody else's business.
     is_folder = Path(came_from).exists() or came_from.count("/") > 1
     config.base_model = (Path(came_from).name if is_folder else came_from) or None
+    config._name_or_path = ""
     names, given = [name for name, _ in entries], [some for _, some in entries]
     same = all(entry == entries[0] for entry in entries)
     config.position_encoding = names[0] if same else names
