@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from convert_cases import ENCODINGS, FAMILIES, SHAPE, converted, stock
@@ -66,6 +67,15 @@ def test_every_encoding_comes_back(encoding, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert (logits(half) - logits(model)).abs().max() < 0.2 * logits(model).abs().max()
+
+
+def test_options_that_are_numbers_of_numpy_come_back(tmp_path):
+    given = {"base": np.float32(500), "temperature_length": np.int64(9)}
+    model = wm.convert(stock("llama"), "pope", train_length=np.int64(128), **given)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.train_length == 128
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def run_python(code, *arguments):
@@ -235,6 +245,8 @@ WRONG = {
     "needed option": (("yarn", {}), "needs factor"),
     "absolute": (("learned", {}), "added to token embeddings"),
     "axes": (("pope", {"axes": (4, 4)}), "several position axes"),
+    "length": (("pope", {"train_length": -3}), "train_length=-3: expected a positive integer"),
+    "length of text": (("pope", {"train_length": "128"}), "train_length='128'"),
     "too short": (("rope-id", {"train_length": 64}), "64"),
     "backend": (("pope", {"backend": "fast"}), "backend='fast'"),
     "form": (("pope", {"cache_form": "small"}), "cache_form='small'"),

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from whatwhere.attention import BACKENDS
 from whatwhere.encodings import options
+from whatwhere.encodings.base import check_whole
 from whatwhere.models.configuration import CacheForm, WhatWhereConfig, is_absolute
 from whatwhere.models.conversion.classes import (
     ROPE_TYPE,
@@ -75,7 +76,9 @@ def convert(
     _check_choices(encoding, backend, cache_form)
     config = cast(Any, model.config)
     length = getattr(config, "max_position_embeddings", None)
-    length = length if train_length is None else train_length
+    length = length if train_length is None else check_whole("train_length", train_length)
+    # What encodings take of NumPy's numbers no config can write.
+    given = {key: value.item() if hasattr(value, "item") else value for key, value in given.items()}
     entries = [_resolve(parts, layer, encoding, given) for layer in range(len(parts.attentions))]
     return give_encodings(model, parts, entries, length, backend, cache_form)
 
