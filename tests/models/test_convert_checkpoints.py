@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -130,6 +131,19 @@ def test_programs_that_do_not_know_us(tmp_path):
     cases = [(auto, "plain", {}), (auto, "shim", {})]
     friends = run_python(OPEN.format(before="import whatwhere.models", cases=cases), tmp_path)
     assert friends == [f"{auto} {name} {expected}" for name in ("plain", "shim")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_pickles_are_opened_by_another_process(family, tmp_path):
+    """As those that start workers do; there nothing has made the classes yet."""
+    model = converted(family)
+    paths = [tmp_path / "model", tmp_path / "config"]
+    for path, given in zip(paths, (model, model.config), strict=True):
+        path.write_bytes(pickle.dumps(given))
+    code = "import pickle, sys; print(type(pickle.load(open(sys.argv[1], 'rb'))).__name__)"
+    names = [run_python(code, path)[-1] for path in paths]
+    assert names == [type(model).__name__, type(model.config).__name__]
 
 
 def test_a_shim_stays_until_it_is_not_asked_for(tmp_path):

@@ -15,8 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from whatwhere.encodings import Encoding, make
@@ -30,8 +35,8 @@ from whatwhere.models.conversion.forward import (
     Unused,
     before_attention,
 )
-from whatwhere.models.conversion.positions import choose_cache, lay_out_layers
-from whatwhere.models.conversion.structure import Parts, computes_on, find_parts, registered
+from whatwhere.models.conversion.positions import choose_cache, lay_out_layers, refuse
+from whatwhere.models.conversion.structure import FAMILIES, Parts, computes_on, find_parts, registered
 from whatwhere.models.layer_encodings import own_randomness
 
 MODEL_TYPE = "whatwhere-converted"
@@ -218,7 +223,7 @@ class ConvertedDecoder(Converted):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        _refuse(kwargs, self.config)
+        refuse(kwargs, self.config)
         past_key_values = choose_cache(
             self, past_key_values, use_cache, position_ids, attention_mask
         )
@@ -372,24 +377,21 @@ def classes_for(base_model_type: str) -> tuple[type, type]:
 
 
 def _derive(bases: tuple[type, ...], **attributes: Any) -> type:
-    name = "WhatWhere" + bases[-1].__name__
+    name = _PREFIX + bases[-1].__name__
     about = f"{bases[-1].__name__} of transformers with a position encoding of whatwhere."
     made = type(name, bases, {"__module__": __name__, "__doc__": about, **attributes})
     globals()[name] = made  # where pickle looks for it
     return made
 
 
-def _refuse(kwargs: dict[str, Any], config: Any) -> None:
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise ValueError(
-            "output_attentions=True: fused kernels keep no weights; whatwhere.scores gives the "
-            "scores of one layer"
-        )
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{name}: documents are told apart by position_ids that start anew; leave it out"
-            )
+def __getattr__(name: str) -> Any:
+    """A class that a pickle names before any model of its kind was made here."""
+    tables = (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    for kind in FAMILIES:
+        if name in {_PREFIX + str(table[kind]) for table in tables}:
+            classes_for(kind)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 AutoConfig.register(MODEL_TYPE, ConvertedConfig, exist_ok=True)
