@@ -7,11 +7,13 @@ import pickle
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from convert_cases import ENCODINGS, FAMILIES, SHAPE, converted, stock
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -25,7 +27,9 @@ from transformers import (
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
+    modeling_utils,
 )
+from transformers.utils import PushToHubMixin
 
 import whatwhere.models as wm
 
@@ -156,6 +160,27 @@ def test_a_shim_stays_until_it_is_not_asked_for(tmp_path):
     loaded.save_pretrained(tmp_path / "c", shim=False)
     assert not (tmp_path / "c" / "modeling_whatwhere.py").exists()
     assert "auto_map" not in json.loads((tmp_path / "c" / "config.json").read_text())
+
+
+def test_a_shim_is_uploaded_with_the_config_that_names_it(tmp_path, monkeypatch):
+    uploaded = []
+
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            return SimpleNamespace(repo_id=name)
+
+    def upload(self, folder, *args, **kwargs):
+        uploaded.append(set(os.listdir(folder)))
+
+    monkeypatch.setattr(modeling_utils, "hf_api", Hub)
+    monkeypatch.setattr(
+        modeling_utils, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("theirs")
+    )
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
+    model = converted("llama")
+    model.save_pretrained(tmp_path / "a", push_to_hub=True)
+    model.save_pretrained(tmp_path / "b", push_to_hub=True, shim=True)
+    assert ["modeling_whatwhere.py" in files for files in uploaded] == [False, True]
 
 
 def test_model_card(tmp_path):
