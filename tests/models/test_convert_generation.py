@@ -177,6 +177,11 @@ def test_what_cannot_be_is_said():
         model(IDS, output_attentions=True)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 11, 11\)"):
         model(IDS, attention_mask=torch.ones(2, 1, 11, 11))
+    for ids in (IDS[0], IDS.float()):
+        with pytest.raises(ValueError, match=r"input_ids has shape .* of shape \(B, T\)"):
+            model(ids)
+    with pytest.raises(ValueError, match="input_ids is a list: expected a tensor"):
+        model([[3, 4]])
     with pytest.raises(ValueError, match="past_key_values is a tuple"):
         model(IDS, past_key_values=((IDS, IDS),))
     with pytest.raises(RuntimeError, match="not a layer alone"):

@@ -15,13 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_MAPPING,
-    MODEL_MAPPING_NAMES,
-)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from whatwhere.encodings import Encoding, make
@@ -36,8 +31,15 @@ from whatwhere.models.conversion.forward import (
     before_attention,
 )
 from whatwhere.models.conversion.positions import choose_cache, lay_out_layers, refuse
-from whatwhere.models.conversion.structure import FAMILIES, Parts, computes_on, find_parts, registered
+from whatwhere.models.conversion.structure import (
+    Parts,
+    computes_on,
+    family_of,
+    find_parts,
+    registered,
+)
 from whatwhere.models.layer_encodings import own_randomness
+from whatwhere.models.modeling import check_tokens
 
 MODEL_TYPE = "whatwhere-converted"
 _PREFIX = "WhatWhere"
@@ -223,16 +225,14 @@ class ConvertedDecoder(Converted):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         refuse(kwargs, self.config)
         past_key_values = choose_cache(
             self, past_key_values, use_cache, position_ids, attention_mask
         )
-        if inputs_embeds is None:
-            # Of an offloaded model the embeddings lie nowhere until they are called.
-            weight = cast(Any, self).get_input_embeddings().weight
-            like = given.new_empty(0, dtype=weight.dtype)
-        else:
-            like = inputs_embeds
+        # Of an offloaded model the embeddings lie nowhere until they are called.
+        weight = cast(Any, self).get_input_embeddings().weight
+        like = given.new_empty(0, dtype=weight.dtype) if inputs_embeds is None else inputs_embeds
         steps, positions = lay_out_layers(
             self.rotations,
             given.shape[0],
@@ -386,12 +386,11 @@ def _derive(bases: tuple[type, ...], **attributes: Any) -> type:
 
 def __getattr__(name: str) -> Any:
     """A class that a pickle names before any model of its kind was made here."""
-    tables = (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    for kind in FAMILIES:
-        if name in {_PREFIX + str(table[kind]) for table in tables}:
-            classes_for(kind)
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    kind = family_of(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
+    if kind is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    classes_for(kind)
+    return globals()[name]
 
 
 AutoConfig.register(MODEL_TYPE, ConvertedConfig, exist_ok=True)

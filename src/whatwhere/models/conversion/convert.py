@@ -78,7 +78,9 @@ def convert(
     length = getattr(config, "max_position_embeddings", None)
     length = length if train_length is None else check_whole("train_length", train_length)
     # What encodings take of NumPy's numbers no config can write.
-    given = {key: value.item() if hasattr(value, "item") else value for key, value in given.items()}
+    given = {
+        key: value.item() if hasattr(value, "item") else value for key, value in given.items()
+    }
     entries = [_resolve(parts, layer, encoding, given) for layer in range(len(parts.attentions))]
     return give_encodings(model, parts, entries, length, backend, cache_form)
 
