@@ -41,6 +41,21 @@ def test_within_twice_the_error_of_the_reference(case: str, total: int, groups: 
     assert (found - exact).abs().max() <= budget
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(default: torch.dtype) -> None:
+    q, k, v = arguments(2, 9)
+    spec, before = make_spec("pope"), torch.get_default_dtype()
+    with torch.no_grad():
+        expected = api._plain_step(q, k, v, spec)
+        torch.set_default_dtype(default)
+        try:
+            found = api._plain_step(q, k, v, spec)
+        finally:
+            torch.set_default_dtype(before)
+    assert expected is not None and found is not None
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("case", LONG)
 def test_other_scores_go_the_long_way(case: str) -> None:
     q, k, v = arguments(1, 9)

@@ -145,6 +145,22 @@ def test_convertible_converts_nothing(family):
     assert torch.equal(model(IDS).logits, before) and not hasattr(model, "cache_report")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_returned(family):
+    model = stock(family)
+    with torch.no_grad():
+        expected = model(IDS, output_hidden_states=True).hidden_states
+        converted = wm.convert(model, "rope")
+        found = converted(IDS, output_hidden_states=True).hidden_states
+        of_decoder = converted.base_model(IDS, output_hidden_states=True).hidden_states
+    assert len(found) == len(of_decoder) == len(expected) == 3
+    for one, other, before in zip(found, of_decoder, expected, strict=True):
+        assert torch.equal(one, other)
+        assert (one - before).abs().max() < 1e-4 * before.abs().max()
+    fresh = type(model)(model.config).eval()
+    assert len(fresh(IDS, output_hidden_states=True).hidden_states) == 3
+
+
 def test_other_weights_stay_and_only_delta_is_added():
     model = stock("qwen3")
     before = copy.deepcopy(model.state_dict())

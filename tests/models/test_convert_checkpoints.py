@@ -3,13 +3,18 @@
 import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from convert_cases import ENCODINGS, FAMILIES, SHAPE, converted, stock
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -23,7 +28,9 @@ from transformers import (
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
+    modeling_utils,
 )
+from transformers.utils import PushToHubMixin
 
 import whatwhere.models as wm
 
@@ -66,6 +73,15 @@ def test_every_encoding_comes_back(encoding, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert (logits(half) - logits(model)).abs().max() < 0.2 * logits(model).abs().max()
+
+
+def test_options_that_are_numbers_of_numpy_come_back(tmp_path):
+    given = {"base": np.float32(500), "temperature_length": np.int64(9)}
+    model = wm.convert(stock("llama"), "pope", train_length=np.int64(128), **given)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.train_length == 128
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def run_python(code, *arguments):
@@ -122,6 +138,19 @@ def test_programs_that_do_not_know_us(tmp_path):
     assert friends == [f"{auto} {name} {expected}" for name in ("plain", "shim")]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_pickles_are_opened_by_another_process(family, tmp_path):
+    """As those that start workers do; there nothing has made the classes yet."""
+    model = converted(family)
+    paths = [tmp_path / "model", tmp_path / "config"]
+    for path, given in zip(paths, (model, model.config), strict=True):
+        path.write_bytes(pickle.dumps(given))
+    code = "import pickle, sys; print(type(pickle.load(open(sys.argv[1], 'rb'))).__name__)"
+    names = [run_python(code, path)[-1] for path in paths]
+    assert names == [type(model).__name__, type(model.config).__name__]
+
+
 def test_a_shim_stays_until_it_is_not_asked_for(tmp_path):
     model = converted("llama")
     model.save_pretrained(tmp_path / "a", shim=True)
@@ -132,6 +161,27 @@ def test_a_shim_stays_until_it_is_not_asked_for(tmp_path):
     loaded.save_pretrained(tmp_path / "c", shim=False)
     assert not (tmp_path / "c" / "modeling_whatwhere.py").exists()
     assert "auto_map" not in json.loads((tmp_path / "c" / "config.json").read_text())
+
+
+def test_a_shim_is_uploaded_with_the_config_that_names_it(tmp_path, monkeypatch):
+    uploaded = []
+
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            return SimpleNamespace(repo_id=name)
+
+    def upload(self, folder, *args, **kwargs):
+        uploaded.append((Path(folder) / "modeling_whatwhere.py").exists())
+
+    monkeypatch.setattr(modeling_utils, "hf_api", Hub)
+    monkeypatch.setattr(
+        modeling_utils, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("theirs")
+    )
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
+    model = converted("llama")
+    model.save_pretrained(tmp_path / "a", push_to_hub=True)
+    model.save_pretrained(tmp_path / "b", push_to_hub=True, shim=True)
+    assert uploaded == [False, True]
 
 
 def test_model_card(tmp_path):
@@ -235,6 +285,8 @@ WRONG = {
     "needed option": (("yarn", {}), "needs factor"),
     "absolute": (("learned", {}), "added to token embeddings"),
     "axes": (("pope", {"axes": (4, 4)}), "several position axes"),
+    "length": (("pope", {"train_length": -3}), "train_length=-3: expected a positive integer"),
+    "length of text": (("pope", {"train_length": "128"}), "train_length='128'"),
     "too short": (("rope-id", {"train_length": 64}), "64"),
     "backend": (("pope", {"backend": "fast"}), "backend='fast'"),
     "form": (("pope", {"cache_form": "small"}), "cache_form='small'"),

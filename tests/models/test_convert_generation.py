@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from convert_cases import ENCODINGS, NAMED, converted, stock
 from transformers import DynamicCache, StaticCache
 
@@ -150,6 +151,22 @@ def test_positions_of_ones_own_without_a_cache():
     assert (apart - shifted).abs().max() < 1e-4 * apart.abs().max()
 
 
+@pytest.mark.parametrize("first", ["convert", "offload"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_weights_that_accelerate_offloads(family, first):
+    """They are on no device but while their module runs."""
+    model = wm.convert(stock(family), "pope")
+    expected = [model(IDS, attention_mask=LEFT).logits, generate(model)]
+    if first == "convert":
+        cpu_offload(model, execution_device="cpu")
+    else:
+        model = wm.convert(cpu_offload(stock(family), execution_device="cpu"), "pope")
+    assert next(model.parameters()).is_meta
+    assert torch.equal(model(IDS, attention_mask=LEFT).logits, expected[0])
+    assert torch.equal(generate(model), expected[1])
+    assert torch.equal(generate(model, **CONTAINERS["static"]), expected[1])
+
+
 def test_what_cannot_be_is_said():
     model = converted("llama")
     with pytest.raises(ValueError, match=r"attn_implementation='sdpa'.*attention_backend"):
@@ -160,6 +177,11 @@ def test_what_cannot_be_is_said():
         model(IDS, output_attentions=True)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 11, 11\)"):
         model(IDS, attention_mask=torch.ones(2, 1, 11, 11))
+    for ids in (IDS[0], IDS.float()):
+        with pytest.raises(ValueError, match=r"input_ids has shape .* of shape \(B, T\)"):
+            model(ids)
+    with pytest.raises(ValueError, match="input_ids is a list: expected a tensor"):
+        model([[3, 4]])
     with pytest.raises(ValueError, match="past_key_values is a tuple"):
         model(IDS, past_key_values=((IDS, IDS),))
     with pytest.raises(RuntimeError, match="not a layer alone"):

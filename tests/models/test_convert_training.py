@@ -6,7 +6,7 @@ import pytest
 import torch
 from convert_cases import NAMED, converted, stock
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import whatwhere.models as wm
 
@@ -151,6 +151,23 @@ def test_lora(tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = type(model).from_pretrained(tmp_path / "merged")
     assert torch.equal(again(IDS, attention_mask=LEFT).logits, found)
+
+
+def test_an_adapter_does_not_name_the_model_that_it_was(tmp_path):
+    """PEFT would open that one for it, without the encoding and without a word."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    stock("llama").save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    tuned = peft.get_peft_model(wm.convert(base, "pope"), peft.LoraConfig(**settings))
+    tuned.save_pretrained(tmp_path / "lost")
+    assert not peft.PeftConfig.from_pretrained(tmp_path / "lost").base_model_name_or_path
+    wm.convert(stock("llama"), "pope").save_pretrained(tmp_path / "converted")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    tuned = peft.get_peft_model(again, peft.LoraConfig(**settings))
+    tuned.save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(loaded(IDS).logits, tuned.eval()(IDS).logits)
 
 
 def test_conversion_after_training_began_keeps_gradients_flowing():

@@ -124,10 +124,18 @@ class Checkpoints:
         folder = Path(save_directory)
         if not kwargs.get("is_main_process", args[0] if args else True) or not folder.is_dir():
             return
-        if shim:
-            (folder / SHIM).write_text(self.shim().source, encoding="utf-8")
+        self._write_shim(folder)
         if not (folder / "README.md").exists():
             make_card(self).save(folder / "README.md")
+
+    def _write_shim(self, folder: Any) -> None:
+        if getattr(cast(Any, self).config, "auto_map", None) is not None:
+            (Path(folder) / SHIM).write_text(self.shim().source, encoding="utf-8")
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        # With push_to_hub=True transformers uploads before save_pretrained gets to the shim.
+        self._write_shim(working_dir)
+        return cast(Any, super())._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

@@ -119,7 +119,7 @@ class WhatWhereModel(WhatWherePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        _check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         if kwargs.get("output_attentions"):
             raise ValueError(
                 "output_attentions=True: fused kernels keep no weights; whatwhere.scores gives "
@@ -213,7 +213,12 @@ class WhatWhereModel(WhatWherePreTrainedModel):
         return DynamicCache(config=self.config) if given is None and use_cache else given
 
 
-def _check_tokens(ids: Any, embeds: Any, width: int) -> None:
+def check_tokens(ids: Any, embeds: Any, width: int) -> None:
+    """Check what a decoder is given: token ids, or embeddings of this width.
+
+    Raises:
+        ValueError: If it is no tensor, or of another shape or dtype.
+    """
     given = ids if embeds is None else embeds
     name = "input_ids" if embeds is None else "inputs_embeds"
     expected = "int64 or int32 of shape (B, T)" if embeds is None else f"shape (B, T, {width})"

@@ -56,7 +56,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, spec: ScoreSpec) -> Tensor:
     query = magnitudes(q[:, :, 0], kind) * spec.scale
     turned = torch.cat((query * angle.cos(), query * angle.sin()), dim=-1).to(q.dtype)
     shown = magnitudes(k, kind)
-    made = torch.empty(batch, shared, total, 2 * width)
+    made = k.new_empty(batch, shared, total, 2 * width)
     torch.mul(shown, table[:, :width], out=made[..., :width])
     torch.mul(shown, table[:, width:], out=made[..., width:])
     weights = torch.matmul(turned.view(batch, shared, -1, 2 * width), made.mT)

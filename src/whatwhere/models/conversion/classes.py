@@ -13,15 +13,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from whatwhere.encodings import Encoding, make
 from whatwhere.models.cache import LayerCache, report_layer
@@ -34,9 +30,16 @@ from whatwhere.models.conversion.forward import (
     Unused,
     before_attention,
 )
-from whatwhere.models.conversion.positions import choose_cache, lay_out_layers
-from whatwhere.models.conversion.structure import Parts, find_parts, registered
+from whatwhere.models.conversion.positions import choose_cache, lay_out_layers, refuse
+from whatwhere.models.conversion.structure import (
+    Parts,
+    computes_on,
+    family_of,
+    find_parts,
+    registered,
+)
 from whatwhere.models.layer_encodings import own_randomness
+from whatwhere.models.modeling import check_tokens
 
 MODEL_TYPE = "whatwhere-converted"
 _PREFIX = "WhatWhere"
@@ -222,11 +225,14 @@ class ConvertedDecoder(Converted):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        _refuse(kwargs, self.config)
+        check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        refuse(kwargs, self.config)
         past_key_values = choose_cache(
             self, past_key_values, use_cache, position_ids, attention_mask
         )
-        like = cast(Any, self).get_input_embeddings().weight if inputs_embeds is None else given
+        # Of an offloaded model the embeddings lie nowhere until they are called.
+        weight = cast(Any, self).get_input_embeddings().weight
+        like = given.new_empty(0, dtype=weight.dtype) if inputs_embeds is None else inputs_embeds
         steps, positions = lay_out_layers(
             self.rotations,
             given.shape[0],
@@ -330,12 +336,15 @@ def attach(parts: Parts, encodings: list[Encoding]) -> None:
     decoder = cast(Any, parts.decoder)
     if not isinstance(decoder, ConvertedDecoder):
         decoder.__class__ = registered(type(decoder.config), MODEL_MAPPING)
+        # transformers notes what a class can return when a model is made, which this one was not;
+        # by update(), since assigning takes a model in some versions and a name in others.
+        _CAN_RECORD_REGISTRY.update({str(type(decoder)): decoder._can_record_outputs})
     decoder.rotary_emb = Unused()
     decoder.rotations = Rotations.of(parts, encodings)
     for module, encoding in zip(parts.attentions, encodings, strict=True):
         weight = next(module.parameters())
         dtype = weight.dtype if weight.is_floating_point() else None
-        setattr(module, ENCODING, encoding.to(device=weight.device, dtype=dtype))
+        setattr(module, ENCODING, encoding.to(device=computes_on(module), dtype=dtype))
         module.register_forward_pre_hook(before_attention, with_kwargs=True)
 
 
@@ -368,24 +377,20 @@ def classes_for(base_model_type: str) -> tuple[type, type]:
 
 
 def _derive(bases: tuple[type, ...], **attributes: Any) -> type:
-    name = "WhatWhere" + bases[-1].__name__
+    name = _PREFIX + bases[-1].__name__
     about = f"{bases[-1].__name__} of transformers with a position encoding of whatwhere."
     made = type(name, bases, {"__module__": __name__, "__doc__": about, **attributes})
     globals()[name] = made  # where pickle looks for it
     return made
 
 
-def _refuse(kwargs: dict[str, Any], config: Any) -> None:
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise ValueError(
-            "output_attentions=True: fused kernels keep no weights; whatwhere.scores gives the "
-            "scores of one layer"
-        )
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{name}: documents are told apart by position_ids that start anew; leave it out"
-            )
+def __getattr__(name: str) -> Any:
+    """A class that a pickle names before any model of its kind was made here."""
+    kind = family_of(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
+    if kind is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    classes_for(kind)
+    return globals()[name]
 
 
 AutoConfig.register(MODEL_TYPE, ConvertedConfig, exist_ok=True)

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from whatwhere.attention import BACKENDS
 from whatwhere.encodings import options
+from whatwhere.encodings.base import check_whole
 from whatwhere.models.configuration import CacheForm, WhatWhereConfig, is_absolute
 from whatwhere.models.conversion.classes import (
     ROPE_TYPE,
@@ -86,7 +87,11 @@ def convert(
     _check_choices(encoding, backend, cache_form)
     config = cast(Any, model.config)
     length = getattr(config, "max_position_embeddings", None)
-    length = length if train_length is None else train_length
+    length = length if train_length is None else check_whole("train_length", train_length)
+    # What encodings take of NumPy's numbers no config can write.
+    given = {
+        key: value.item() if hasattr(value, "item") else value for key, value in given.items()
+    }
     given = check_start(parts, start, encoding, given, calibration)
     entries = [_resolve(parts, layer, encoding, given) for layer in range(len(parts.attentions))]
     if start == "weights":
@@ -117,6 +122,8 @@ def give_encodings(
     made = config_class(kind)
     _replace_config(model, _new_config(config, made, entries, length, backend, cache_form))
     model.__class__ = registered(made, MODEL_FOR_CAUSAL_LM_MAPPING)
+    # Whoever notes this name (adapters of PEFT) would be given the model that it was.
+    cast(Any, model).name_or_path = ""
     attach(parts, encodings)
     return model
 
@@ -187,10 +194,16 @@ def _resolve(
             f"the frequencies of this model are scaled (rope_type={kind!r}), which encoding "
             f"{name!r} does not do: give base={own.get('rope_theta', 10000.0)} to do without"
         )
+    share = float(own.get("partial_rotary_factor", 1.0)) if parts.partial else 1.0
+    if name == "yarn" and share < 1:
+        raise ValueError(
+            f"this model turns {share:.0%} of its channels, and encoding 'yarn' would turn all of "
+            "them: expected a model that turns all"
+        )
     if "base" in valid:
         settled.setdefault("base", float(own.get("rope_theta", 10000.0)))
     if name == "rope" and parts.partial and not {"fraction", "axes"} & set(given):
-        settled["fraction"] = float(own.get("partial_rotary_factor", 1.0))
+        settled["fraction"] = share
     return name, settled
 
 
@@ -216,8 +229,9 @@ def _new_config(
     config.__class__ = made
     config.base_model_type = before
     # A folder on somebody's disk is nobody else's business.
-    is_folder = Path(came_from).exists() or came_from.count("/") > 1
+    is_folder = Path(came_from).exists() or came_from.count("/") > 1 or came_from[:1] in "./~"
     config.base_model = (Path(came_from).name if is_folder else came_from) or None
+    config._name_or_path = ""
     names, given = [name for name, _ in entries], [some for _, some in entries]
     same = all(entry == entries[0] for entry in entries)
     config.position_encoding = names[0] if same else names

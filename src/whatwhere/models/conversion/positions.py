@@ -12,6 +12,24 @@ from whatwhere.models.conversion.forward import Rotations, Step
 from whatwhere.models.layout import Layout, lay_out
 
 
+def refuse(kwargs: dict[str, Any], config: Any) -> None:
+    """Refuse what transformers' decoders take and a converted one cannot do.
+
+    Raises:
+        ValueError: If it is asked for.
+    """
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ValueError(
+            "output_attentions=True: fused kernels keep no weights; whatwhere.scores gives the "
+            "scores of one layer"
+        )
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name}: documents are told apart by position_ids that start anew; leave it out"
+            )
+
+
 def choose_cache(
     decoder: Any,
     cache: Any,

@@ -11,7 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 FAMILIES = (
     *("arcee", "exaone4", "gemma", "gemma2", "gemma3_text", "gpt_neox", "granite", "llama"),
@@ -168,6 +173,21 @@ def registered(config: type[PreTrainedConfig], mapping: Any) -> type[PreTrainedM
         )
     found = mapping[config]
     return cast(type[PreTrainedModel], found[0] if isinstance(found, tuple) else found)
+
+
+def family_of(name: str) -> str | None:
+    """The model type in `FAMILIES` that has a config or a model of this name, if any has."""
+    tables = (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return next((kind for kind in FAMILIES if name in [table[kind] for table in tables]), None)
+
+
+def computes_on(module: nn.Module) -> torch.device:
+    """Where a module's weights lie; if accelerate has offloaded them, where they are used."""
+    weight = next(module.parameters())
+    hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
+    used = [getattr(hook, "execution_device", None) for hook in hooks]
+    known = [device for device in used if device is not None]
+    return torch.device(known[0]) if weight.is_meta and known else weight.device
 
 
 def _attends(module: nn.Module) -> bool:
