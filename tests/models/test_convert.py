@@ -31,7 +31,7 @@ def formula(encoding, delta, base, own_pairs):
     inside = closed_form.in_distribution
     half = HEAD_DIM // 2
     fraction = options.get("fraction", 0.5 if name in ("rope-id", "pope-id") else 1.0)
-    if name == "rope" and "fraction" not in options:
+    if name in ("rope", "yarn") and "fraction" not in options:
         fraction = own_pairs / half  # as the model itself
     pairs, channels = round(fraction * half), round(fraction * HEAD_DIM)
     scores = {
@@ -40,12 +40,12 @@ def formula(encoding, delta, base, own_pairs):
         "rope": lambda: closed_form.rope(closed_form.geometric(pairs, base)),
         "rope-id": lambda: closed_form.rope(inside(pairs, LENGTH)),
         "rope-high": lambda: closed_form.rope(inside(half, LENGTH)),
-        "yarn": lambda: closed_form.rope(closed_form.yarn(HEAD_DIM, base, LENGTH, 4.0)),
+        "yarn": lambda: closed_form.rope(closed_form.yarn(2 * pairs, base, LENGTH, 4.0)),
         "nope": lambda: closed_form.nope,
         "alibi": lambda: closed_form.nope,
     }
     order = list(range(HEAD_DIM))
-    if name in ("rope", "rope-id"):  # pairs stay as far apart as they were
+    if name in ("rope", "rope-id", "yarn"):  # pairs stay as far apart as they were
         apart = max(own_pairs, pairs)
         turned = [*range(pairs), *range(apart, apart + pairs)]
         order = turned + [c for c in order if c not in turned]

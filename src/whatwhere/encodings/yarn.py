@@ -23,13 +23,14 @@ class YaRN(Encoding):
         train_length: Original length in tokens, ``L``.
         factor: ``s``, the new length over the original one, at least 1.
         base: Base of RoPE's frequencies.
+        fraction: Share of the channels that rotate, as of `RoPE`.
         beta_fast: Turns within ``L`` above which a frequency is left alone.
         beta_slow: Turns within ``L`` below which it is interpolated wholly.
         temperature_length: See `Encoding`.
         scale: See `Encoding`; the attention factor multiplies it.
 
     Raises:
-        ValueError: If ``head_dim`` is odd, ``factor`` is below 1, ``train_length`` below 1, or
+        ValueError: If ``head_dim`` is odd, the fraction rotates no channel, ``factor`` is below 1, ``train_length`` below 1, or
             the betas are not positive and in order.
     """
 
@@ -41,6 +42,7 @@ class YaRN(Encoding):
         train_length: int,
         factor: float,
         base: float = 10000.0,
+        fraction: float = 1.0,
         beta_fast: float = 32.0,
         beta_slow: float = 1.0,
         temperature_length: int | None = None,
@@ -58,7 +60,7 @@ class YaRN(Encoding):
             raise ValueError(
                 f"beta_slow={beta_slow}, beta_fast={beta_fast}: expected 0 < slow <= fast"
             )
-        pairs = rotated_units(head_dim, 1.0, 2, "for no rotation use NoPE")
+        pairs = rotated_units(head_dim, fraction, 2, "for no rotation use NoPE")
         self.factor = factor
         self.scale *= (0.1 * math.log(factor) + 1) ** 2
         self.frequencies = (

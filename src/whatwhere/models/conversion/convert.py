@@ -70,8 +70,8 @@ def convert(
         backend: A name in `whatwhere.BACKENDS`, or ``"auto"``.
         cache_form: Whether caches keep ``"encoded"`` or ``"raw"`` keys; ``"auto"`` takes what
             decodes faster on the device.
-        **given: Options of the encoding. ``base``, ``scale`` and, for ``"rope"``, ``fraction``
-            are the model's own unless given.
+        **given: Options of the encoding. ``base``, ``scale`` and, for ``"rope"`` and
+            ``"yarn"``, ``fraction`` are the model's own unless given.
 
     Returns:
         The model itself, now of a class of its own that `transformers` saves and loads (after
@@ -195,14 +195,9 @@ def _resolve(
             f"{name!r} does not do: give base={own.get('rope_theta', 10000.0)} to do without"
         )
     share = float(own.get("partial_rotary_factor", 1.0)) if parts.partial else 1.0
-    if name == "yarn" and share < 1:
-        raise ValueError(
-            f"this model turns {share:.0%} of its channels, and encoding 'yarn' would turn all of "
-            "them: expected a model that turns all"
-        )
     if "base" in valid:
         settled.setdefault("base", float(own.get("rope_theta", 10000.0)))
-    if name == "rope" and parts.partial and not {"fraction", "axes"} & set(given):
+    if name in ("rope", "yarn") and parts.partial and not {"fraction", "axes"} & set(given):
         settled["fraction"] = share
     return name, settled
 
