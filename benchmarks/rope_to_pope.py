@@ -5,9 +5,9 @@
 
 Each start is `whatwhere.models.initialise`'s; ``plain`` changes nothing but the encoding, and
 ``rope`` goes on training the RoPE model itself, with the same batches. The learning rate is
-constant after its warm-up. Batches are of another seed than the training's. A run that was stopped
-goes on where it was, and one that has ended is not repeated. Writes curve.csv, curve.png and
-curve.svg.
+constant after its warm-up. Batches are of another seed than the training's. A run that was
+stopped goes on where it was, and one that has ended is not repeated. Writes curve.csv, curve.png,
+curve.svg and lengths.csv (losses at the training length and at four times that).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from whatwhere.lab import runs, storage
 from whatwhere.lab.data import TextTask, make_task
-from whatwhere.lab.evaluate import load_model, mean_loss, rows_for
+from whatwhere.lab.evaluate import length_loss, load_model, mean_loss, rows_for
 from whatwhere.lab.recipes.schema import EncodingChoice
 from whatwhere.lab.report.canvas import GREY, RC, End, canvas, end_labels, save
 from whatwhere.lab.report.palette import Style
@@ -51,6 +51,7 @@ STYLES = {
     "centres": Style("PoPE, centres", "#56b4e9", "s"),
     "scores": Style("PoPE, scores fitted", "#0072b2", "o"),
     "distilled": Style("PoPE, scores fitted, distilled", "#009e73", "p"),
+    "distilled-zero": Style("PoPE, delta 0, distilled", "#222222", "P"),
     "rope": Style("RoPE, trained on", "#d55e00", "^"),
 }
 FITTED = 8  # windows that scores are fitted to; distillation takes all
@@ -86,6 +87,9 @@ def start_of(name: str, rope: Any, pope: Any, q: Tensor, k: Tensor) -> PolarStar
     if name in ("signs", "centres"):
         return {"signs": from_signs, "centres": from_centres}[name](q, k, width, rope.scale)
     frequencies = rope.inv_freq()[0], pope.inv_freq()[0]
+    if name == "distilled-zero":
+        start = from_order(heads, k.shape[1], width, width, rope.scale)
+        return distilled(start, q, k, *frequencies, rope.scale, train="maps")
     start = from_scores(q[:FITTED], k[:FITTED], *frequencies, rope.scale)
     if name == "scores":
         return start
@@ -126,8 +130,16 @@ class Args:
     """Where runs and curve go."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the runs to start from."""
-    starts: tuple[str, ...] = ("plain", "order", "centres", "scores", "distilled", "rope")
-    """Among plain, order, signs, centres, scores, distilled, rope."""
+    starts: tuple[str, ...] = (
+        "plain",
+        "order",
+        "centres",
+        "scores",
+        "distilled",
+        "distilled-zero",
+        "rope",
+    )
+    """Among plain, order, signs, centres, scores, distilled, distilled-zero, rope."""
     steps: int = 500
     """Optimizer steps of each."""
     warmup_steps: int = 20
@@ -188,6 +200,27 @@ def fine_tune(args: Args, name: str, seed: int, source: runs.Run) -> list[dict[s
     return [row_of(name, seed, step, step * tokens, loss) for step, loss in points]
 
 
+def beyond(args: Args, name: str, seed: int, source: runs.Run) -> list[dict[str, Any]]:
+    """Loss at the training length and at four times that, before and after fine-tuning."""
+    task = make_task(source.config.data)
+    assert isinstance(task, TextTask)
+    folder = args.output / f"{name}-seed{seed}"
+    return [
+        {
+            "start": name,
+            "seed": seed,
+            "fine_tuned": after,
+            "length": length,
+            "loss": length_loss(
+                load_model(folder / ("model" if after else "start")).eval(),
+                task.windows(length, 48 * task.length // length),
+            ).loss,
+        }
+        for after in (False, True)
+        for length in (task.length, 4 * task.length)
+    ]
+
+
 def row_of(start: str, seed: int, step: int, tokens: int, loss: float) -> dict[str, Any]:
     return {"start": start, "seed": seed, "step": step, "tokens": tokens, "loss": loss}
 
@@ -238,6 +271,7 @@ def draw(table: pd.DataFrame, note: str) -> Figure:
 def main(args: Args) -> None:
     """Fine-tune every start of every seed, then write the table and the figure."""
     rows: list[dict[str, Any]] = []
+    lengths: list[dict[str, Any]] = []
     for seed in args.seeds:
         rope = runs.load_run(args.folder / f"rope-seed{seed}")
         rows.append(level(rope, "level: RoPE"))
@@ -246,7 +280,9 @@ def main(args: Args) -> None:
             rows.append(level(found, "level: PoPE from scratch"))
         for name in args.starts:
             rows += fine_tune(args, name, seed, rope)
+            lengths += beyond(args, name, seed, rope)
             storage.write_rows(args.output / "curve.csv", rows, list(rows[0]))
+            storage.write_rows(args.output / "lengths.csv", lengths, list(lengths[0]))
     settings = rope.config
     shape, training = settings.model, settings.training
     note = (

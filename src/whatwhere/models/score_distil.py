@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from whatwhere.attention import scores
 from whatwhere.models.initialise import SHARPNESS, PolarStart, bounded
 from whatwhere.spec import ScoreSpec
+
+Trained = Literal["all", "maps", "delta"]
 
 
 def distilled(
@@ -20,7 +23,7 @@ def distilled(
     frequencies: Tensor,
     scale: float,
     *,
-    delta_alone: bool = False,
+    train: Trained = "all",
     steps: int = 100,
     windows: int = 2,
     learning_rate: float = 1e-2,
@@ -31,7 +34,8 @@ def distilled(
     Minimises the mean over queries of ``KL(RoPE's attention || PoPE's)``, causal, over the maps of
     a layer and its delta, with Adam and a rate that falls to 0. What goes in are the queries and
     keys that the RoPE model has: no gradient passes from layer to layer, and no token is
-    predicted. That is why the result is no more than a start, if the best one.
+    predicted. The nearer to RoPE's attention, the nearer to it beyond the length of the text, too,
+    where RoPE fails: see docs/from_rope.md.
 
     Args:
         start: Where to begin, `from_scores`'s for best results.
@@ -41,10 +45,11 @@ def distilled(
         inv_freq: ``(R,)`` RoPE's frequencies, radians per position.
         frequencies: ``(C,)`` PoPE's, one for each of the start's delta.
         scale: RoPE's factor of scores.
-        delta_alone: Leave the maps as they are, which QK-Norm asks for.
+        train: ``"all"``; ``"delta"`` alone, which QK-Norm asks for; or ``"maps"`` alone, which
+            with `from_order` keeps delta at 0, for a model that is to go beyond its length.
         steps: Steps of Adam.
         windows: Windows of a step, at most ``N``.
-        learning_rate: Of the first step, for delta; that of maps is larger by their sharpness.
+        learning_rate: Of the first step, for delta; that of maps is larger by their gain.
         seed: Of the order of windows.
 
     Returns:
@@ -56,14 +61,16 @@ def distilled(
     for name, value in (("steps", steps), ("windows", windows), ("learning_rate", learning_rate)):
         if not value > 0:
             raise ValueError(f"{name}={value}: expected more than 0")
+    if train not in get_args(Trained):
+        raise ValueError(f"train={train!r}: expected one of {get_args(Trained)}")
     length, device = queries.shape[2], queries.device
     # Copied, since tensors made in inference mode cannot be part of a gradient.
     q, k = queries.detach().float().clone(), keys.detach().float().clone()
     old = ScoreSpec("rotate", scale, inv_freq.double().to(device)[None])
     maps, phase = _leaves(start, device)
-    groups = [{"params": [phase], "lr": learning_rate}]
-    if not delta_alone:
-        groups.append({"params": list(maps), "lr": learning_rate * SHARPNESS})
+    groups: list[dict[str, Any]] = [{"params": [phase], "lr": learning_rate}]
+    groups.append({"params": list(maps), "lr": learning_rate * SHARPNESS})
+    groups = {"all": groups, "delta": groups[:1], "maps": groups[1:]}[train]
     new = ScoreSpec("polar", start.scale, frequencies.double().to(device)[None], phase=phase)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
