@@ -30,8 +30,8 @@ class YaRN(Encoding):
         scale: See `Encoding`; the attention factor multiplies it.
 
     Raises:
-        ValueError: If ``head_dim`` is odd, the fraction rotates no channel, ``factor`` is below 1, ``train_length`` below 1, or
-            the betas are not positive and in order.
+        ValueError: If ``head_dim`` is odd, the fraction rotates no channel, ``factor`` is below
+            1, ``train_length`` below 1, or the betas are not positive and in order.
     """
 
     def __init__(

@@ -31,7 +31,9 @@ class Convert:
     """new folder for the converted model and its tokenizer"""
     set: tuple[str, ...] = ()
     """options of the encoding, as fraction=0.5 delta=uniform"""
-    start: Literal["auto", "weights", "order", "signs", "centres", "scores"] = "auto"
+    start: Literal[
+        "auto", "weights", "order", "signs", "centres", "scores", "distilled", "distilled-zero"
+    ] = "auto"
     """what becomes of queries and keys for pope (docs/from_rope.md); auto: the best with --text"""
     text: tuple[str, ...] = ()
     """UTF-8 files, folders or patterns that starts look at"""

@@ -19,8 +19,9 @@ STARTS = {
     "signs": "signs and order from their means on the text",
     "centres": "turned to their centres on the text",
     "scores": "recombined to fit RoPE's scores on the text",
+    "distilled": "recombined and refined to attend as RoPE does on the text",
+    "distilled-zero": "refined to attend as RoPE does on the text, delta 0",
 }
-NEED_TEXT = ("signs", "centres", "scores")
 
 # What starts look at: as many windows as docs/from_rope.md has measured, and no longer ones.
 WINDOWS, LONGEST = 8, 512
@@ -133,7 +134,7 @@ def convert_folder(
     name, before = type(model).__name__, _count(model)
     chosen = _choose_start(start, encoding, model, text)
     calibration = None
-    if chosen in NEED_TEXT and text:
+    if chosen not in ("weights", "order") and text:
         calibration = _windows(source, model, text, tokenizer is not None, train_length)
     convert(
         model,

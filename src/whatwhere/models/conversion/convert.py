@@ -63,8 +63,10 @@ def convert(
             one; ``max_position_embeddings`` of its config by default.
         start: For ``"pope"`` on a trained model, how queries and keys are recombined within each
             head so that less is to be learned anew (`whatwhere.models.initialise`,
-            ``docs/from_rope.md``): ``"scores"`` fits RoPE's scores on some text, ``"centres"``
-            and ``"signs"`` use its means, ``"order"`` needs none; ``"weights"`` leaves them.
+            ``docs/from_rope.md``): ``"scores"`` fits RoPE's scores on some text in closed
+            form, ``"distilled"`` refines that by gradients, layer by layer and without labels,
+            ``"distilled-zero"`` does with delta kept at 0; ``"centres"`` and ``"signs"`` use
+            means of the text, ``"order"`` needs none; ``"weights"`` leaves them.
             With QK-Norm only ``"order"`` and ``"signs"``.
         calibration: ``(N, T)`` tokens of some text, for starts that need it; a few windows.
         backend: A name in `whatwhere.BACKENDS`, or ``"auto"``.

@@ -29,9 +29,11 @@ from whatwhere.models.initialise import (
     from_signs,
     recombined,
 )
+from whatwhere.models.score_distil import distilled
 
-Start = Literal["weights", "order", "signs", "centres", "scores"]
-_WITH_TEXT = ("signs", "centres", "scores")
+Start = Literal["weights", "order", "signs", "centres", "scores", "distilled", "distilled-zero"]
+_FITTED = ("scores", "distilled", "distilled-zero")
+_WITH_TEXT = ("signs", "centres", *_FITTED)
 _THROUGH_NORMS = ("order", "signs")
 _RECORDING, _RECORDED = "whatwhere_recording", "_recorded_states"
 
@@ -63,9 +65,9 @@ def check_start(
         )
     for layer in range(len(parts.attentions)):
         kind = parts.rope_parameters(layer).get("rope_type", "default")
-        if name == "scores" and kind != "default":
+        if name in _FITTED and kind != "default":
             raise ValueError(
-                f"start='scores' fits plain frequencies, those of this model are scaled "
+                f"start={name!r} fits plain frequencies, those of this model are scaled "
                 f"(rope_type={kind!r}): expected another start"
             )
         _projections(parts, parts.attentions[layer])
@@ -92,16 +94,21 @@ def make_starts(
         share = own.get("partial_rotary_factor", 1.0) if parts.partial else 1.0
         turning = 2 * round(parts.head_dim * share / 2)
         scale = float(cast(Any, module).scaling)
+        ordered = from_order(parts.heads, parts.key_heads, parts.head_dim, turning, scale)
         if name == "order":
-            sizes = (parts.heads, parts.key_heads, parts.head_dim)
-            made.append(from_order(*sizes, turning, scale))
-        elif name == "scores":
+            made.append(ordered)
+        elif name in _FITTED:
             base = float(own.get("rope_theta", 10000.0))
             pairs, channels = (
                 torch.tensor(geometric(count, base), dtype=torch.float64, device=model.device)
                 for count in (turning // 2, turning)
             )
-            made.append(from_scores(*states[module], pairs, channels, scale))
+            given = (*states[module], pairs, channels, scale)
+            if name == "distilled-zero":  # delta stays 0
+                made.append(distilled(ordered, *given, train="maps"))
+            else:
+                fitted = from_scores(*given)
+                made.append(distilled(fitted, *given) if name == "distilled" else fitted)
         else:
             function = {"signs": from_signs, "centres": from_centres}[name]
             made.append(function(*states[module], turning, scale))
