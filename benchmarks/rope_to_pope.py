@@ -237,16 +237,16 @@ def level(run: runs.Run, name: str) -> dict[str, Any]:
 
 
 @context(RC, after_reset=True)
-def draw(table: pd.DataFrame, note: str) -> Figure:
-    """Mean over seeds, and each seed as a thin line."""
+def draw(table: pd.DataFrame, unit: str, note: str) -> Figure:
+    """Mean over seeds, and each seed as a thin line; the axis ends where most curves are."""
     levels = table[table["start"].str.startswith("level")]
     curves = table.drop(levels.index)
     last = curves["tokens"].max()
     ends = []
     for name, part in curves.groupby("start", sort=False):
         mean = part.groupby("tokens")["loss"].mean()
-        at_end = f"{mean.iloc[-1]:.3f}"
-        ends.append(End(float(mean.index[-1]), mean.iloc[-1], STYLES[str(name)], at_end))
+        values = f"{mean.iloc[0]:.2f} \N{RIGHTWARDS ARROW} {mean.iloc[-1]:.3f}"
+        ends.append(End(float(mean.index[-1]), mean.iloc[-1], STYLES[str(name)], values))
     for name, part in levels.groupby("start", sort=False):
         text = str(name).removeprefix("level: ")
         mean_level = part["loss"].mean()
@@ -262,7 +262,9 @@ def draw(table: pd.DataFrame, note: str) -> Figure:
     for _, part in levels.groupby("start"):
         place.axes.axhline(part["loss"].mean(), color=GREY, linewidth=1.4, linestyle="--")
     place.axes.set_xlabel("tokens of fine-tuning")
-    place.axes.set_ylabel("loss on other text, nats per token")
+    place.axes.set_ylabel(f"loss on other text, nats per {unit}")
+    lowest = table["loss"].min()
+    place.axes.set_ylim(lowest - 0.02, lowest + 0.4)
     place.axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,.0f} k"))
     end_labels(place, ends)
     return place.figure
@@ -274,7 +276,7 @@ def main(args: Args) -> None:
     lengths: list[dict[str, Any]] = []
     for seed in args.seeds:
         rope = runs.load_run(args.folder / f"rope-seed{seed}")
-        rows.append(level(rope, "level: RoPE"))
+        rows.append(level(rope, "level: RoPE before"))
         pope = args.folder / f"pope-seed{seed}"
         if pope.exists() and (found := runs.load_run(pope)).trained:
             rows.append(level(found, "level: PoPE from scratch"))
@@ -288,9 +290,11 @@ def main(args: Args) -> None:
     note = (
         f"{shape.num_hidden_layers} layers x {shape.hidden_size}, {shape.num_attention_heads} "
         f"heads, length {settings.data.length}, {training.steps:,} steps of RoPE; then constant "
-        f"rate {args.learning_rate:g}, batch {training.batch_size}; {len(args.seeds)} seed(s)"
+        f"rate {args.learning_rate:g}, batch {training.batch_size}; "
+        f"mean of {len(args.seeds)} seed(s)"
     )
-    for path in save(draw(pd.DataFrame(rows), note), args.output / "curve"):
+    unit = "byte" if settings.data.tokenizer == "bytes" else "token"
+    for path in save(draw(pd.DataFrame(rows), unit, note), args.output / "curve"):
         print(path)
 
 
