@@ -23,8 +23,8 @@ STARTS = {
     "distilled-zero": "refined to attend as RoPE does on the text, delta 0",
 }
 
-# What starts look at: as many windows as docs/from_rope.md has measured, and no longer ones.
-WINDOWS, LONGEST = 8, 512
+# What starts look at: as many windows as docs/from_rope.md has measured, and none longer.
+WINDOWS, DISTILLED, LONGEST = 8, 24, 512
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def convert_folder(
     chosen = _choose_start(start, encoding, model, text)
     calibration = None
     if chosen not in ("weights", "order") and text:
-        calibration = _windows(source, model, text, tokenizer is not None, train_length)
+        count = DISTILLED if chosen.startswith("distilled") else WINDOWS
+        calibration = _windows(source, model, text, tokenizer is not None, train_length, count)
     convert(
         model,
         encoding,
@@ -172,7 +173,12 @@ def _choose_start(start: str, encoding: str, model: Any, text: Sequence[str]) ->
 
 
 def _windows(
-    source: Source, model: Any, text: Sequence[str], tokenizer: bool, train_length: int | None
+    source: Source,
+    model: Any,
+    text: Sequence[str],
+    tokenizer: bool,
+    train_length: int | None,
+    count: int,
 ) -> Tensor:
     """A few windows of text, spread evenly."""
     from whatwhere.lab.data import read_tokens, spaced_windows
@@ -186,7 +192,7 @@ def _windows(
     name = str(source.folder or source.name) if tokenizer else "bytes"
     tokens = read_tokens(text, name)
     length = min(train_length or model.config.max_position_embeddings, LONGEST)
-    windows = spaced_windows(tokens, min(length, len(tokens)), WINDOWS)
+    windows = spaced_windows(tokens, min(length, len(tokens)), count)
     if int(windows.max()) >= vocabulary:
         raise ValueError(
             f"text: token {int(windows.max())} is outside the model's vocabulary of {vocabulary}"

@@ -35,6 +35,8 @@ Start = Literal["weights", "order", "signs", "centres", "scores", "distilled", "
 _FITTED = ("scores", "distilled", "distilled-zero")
 _WITH_TEXT = ("signs", "centres", *_FITTED)
 _THROUGH_NORMS = ("order", "signs")
+# Scores are fitted to no more windows than these, which is what docs/from_rope.md has measured.
+_FIT_WINDOWS = 8
 _RECORDING, _RECORDED = "whatwhere_recording", "_recorded_states"
 
 
@@ -103,11 +105,13 @@ def make_starts(
                 torch.tensor(geometric(count, base), dtype=torch.float64, device=model.device)
                 for count in (turning // 2, turning)
             )
-            given = (*states[module], pairs, channels, scale)
+            q, k = states[module]
+            given = (q, k, pairs, channels, scale)
             if name == "distilled-zero":  # delta stays 0
                 made.append(distilled(ordered, *given, train="maps"))
             else:
-                fitted = from_scores(*given)
+                few = (q[:_FIT_WINDOWS], k[:_FIT_WINDOWS])
+                fitted = from_scores(*few, pairs, channels, scale)
                 made.append(distilled(fitted, *given) if name == "distilled" else fitted)
         else:
             function = {"signs": from_signs, "centres": from_centres}[name]
