@@ -67,7 +67,7 @@ def convert(
             form, ``"distilled"`` refines that by gradients, layer by layer and without labels,
             ``"distilled-zero"`` does with delta kept at 0; ``"centres"`` and ``"signs"`` use
             means of the text, ``"order"`` needs none; ``"weights"`` leaves them.
-            With QK-Norm only ``"order"`` and ``"signs"``.
+            With QK-Norm only ``"order"``, ``"signs"`` and ``"distilled"``, then of delta alone.
         calibration: ``(N, T)`` tokens of some text, for starts that need it; a few windows.
         backend: A name in `whatwhere.BACKENDS`, or ``"auto"``.
         cache_form: Whether caches keep ``"encoded"`` or ``"raw"`` keys; ``"auto"`` takes what

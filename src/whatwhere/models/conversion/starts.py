@@ -34,7 +34,9 @@ from whatwhere.models.score_distil import distilled
 Start = Literal["weights", "order", "signs", "centres", "scores", "distilled", "distilled-zero"]
 _FITTED = ("scores", "distilled", "distilled-zero")
 _WITH_TEXT = ("signs", "centres", *_FITTED)
-_THROUGH_NORMS = ("order", "signs")
+_THROUGH_NORMS = ("order", "signs", "distilled")
+# Of delta alone, which is all that can be distilled beside a norm (docs/from_rope.md).
+_DELTA_RATE = 3e-2
 # Scores are fitted to no more windows than these, which is what docs/from_rope.md has measured.
 _FIT_WINDOWS = 8
 _RECORDING, _RECORDED = "whatwhere_recording", "_recorded_states"
@@ -109,6 +111,9 @@ def make_starts(
             given = (q, k, pairs, channels, scale)
             if name == "distilled-zero":  # delta stays 0
                 made.append(distilled(ordered, *given, train="maps"))
+            elif hasattr(module, "q_norm"):
+                signed = from_signs(q, k, turning, scale)
+                made.append(distilled(signed, *given, train="delta", learning_rate=_DELTA_RATE))
             else:
                 few = (q[:_FIT_WINDOWS], k[:_FIT_WINDOWS])
                 fitted = from_scores(*few, pairs, channels, scale)
