@@ -139,8 +139,7 @@ def test_programs_that_do_not_know_us(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_pickles_are_opened_by_another_process(family, tmp_path):
+def test_pickles_are_opened_by_another_process(tmp_path, family="gemma3_text"):
     """As those that start workers do; there nothing has made the classes yet."""
     model = converted(family)
     paths = [tmp_path / "model", tmp_path / "config"]

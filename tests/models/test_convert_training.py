@@ -38,8 +38,10 @@ def test_gradient_checkpointing(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "phi3"])
-@pytest.mark.parametrize("encoding", ["pope", "rope-id"])
+@pytest.mark.parametrize(
+    ("family", "encoding"),
+    [("llama", "pope"), ("gemma3_text", "rope-id"), ("gpt_neox", "pope"), ("phi3", "rope-id")],
+)
 def test_compiled_whole(family, encoding):
     torch._dynamo.reset()
     model = converted(family, encoding)
