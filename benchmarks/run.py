@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 CPU = ("cpu_choice", "cpu_memory", "cpu_peers", "decode", "pope_pytorch_compat")
-NAMES = ("import_time", "indirect_indexing_generation", "attention", *CPU, "training_step", "converted", "cache_bytes")
+NAMES = (
+    "import_time",
+    "indirect_indexing_generation",
+    "attention",
+    *CPU,
+    "training_step",
+    "converted",
+    "cache_bytes",
+)
 
 
 def main() -> int:
