@@ -140,6 +140,15 @@ def test_text_gives_pope_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert bool(delta.any()) == (start == "scores")
 
 
+def test_a_start_without_its_text_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(tmp_path / "llama", vocab_size=256)
+    assert main(convert(tmp_path / "llama", tmp_path / "out", "--start", "scores")) == 2
+    assert "name files with --text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_shim_is_written_on_request(tmp_path: Path) -> None:
     llama(tmp_path / "llama")
     for index, more in enumerate(([], ["--shim"])):

@@ -113,7 +113,7 @@ class Source:
         place = str(self.folder or self.name)
         more |= {"revision": self.revision, "trust_remote_code": False}
         try:
-            with _quiet():
+            with quiet():
                 if self.folder is not None:
                     return load(place, local_files_only=True, **more)
                 try:
@@ -149,8 +149,8 @@ class Source:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    # They tell of each attempt to connect, and of weights in tables: errors here say it once.
+def quiet() -> Iterator[None]:
+    """Of attempts to connect, and of weights in tables: errors here say it once."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from whatwhere.encodings import options
 from whatwhere.lab import storage
-from whatwhere.lab.pretrained import Source
+from whatwhere.lab.pretrained import Source, quiet
 
 STARTS = {
     "weights": "as they were",
@@ -85,7 +85,8 @@ def check(source: Source) -> Any:
             "`whatwhere train` and `compare` made it, which give a model its encoding from the "
             "start: train one with the encoding you want",
         )
-    return convertible(config)
+    with quiet():  # of what is refused transformers would say more
+        return convertible(config)
 
 
 def convert_folder(
@@ -134,7 +135,7 @@ def convert_folder(
     name, before = type(model).__name__, _count(model)
     chosen = _choose_start(start, encoding, model, text)
     calibration = None
-    if chosen not in ("weights", "order") and text:
+    if chosen not in ("weights", "order"):
         count = DISTILLED if chosen.startswith("distilled") else WINDOWS
         calibration = _windows(source, model, text, tokenizer is not None, train_length, count)
     convert(
@@ -181,6 +182,8 @@ def _windows(
     count: int,
 ) -> Tensor:
     """A few windows of text, spread evenly."""
+    if not text:
+        raise ValueError("text: this start looks at some text: name files with --text")
     from whatwhere.lab.data import read_tokens, spaced_windows
 
     vocabulary = model.config.vocab_size
