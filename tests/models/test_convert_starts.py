@@ -128,6 +128,16 @@ def test_scores_are_nearer_to_those_of_rope_than_the_weights_alone():
     assert agreement("scores") > agreement("weights") + 0.2
 
 
+def test_text_that_the_model_cannot_read_leaves_it_as_it_was():
+    model = stock("llama").train()
+    kind = model.config._attn_implementation
+    with pytest.raises(IndexError):
+        wm.convert(model, "pope", start="scores", calibration=TEXT + 1000)
+    assert type(model).__name__ == "LlamaForCausalLM" and model.training
+    assert model.config._attn_implementation == kind
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
 WRONG = {
     "no such start": ({"start": "best"}, "start='best'"),
     "no text": ({"start": "scores"}, "needs calibration"),

@@ -196,12 +196,9 @@ def _record(model: Any, parts: Parts, text: Tensor) -> dict[nn.Module, tuple[Ten
             f"calibration has shape {tuple(text.shape)} and dtype {text.dtype}: expected integers "
             "of shape (N, T), T at least 2"
         )
-    training = model.training
     with _recording(model, parts):
         model.eval()(input_ids=text.to(model.device), use_cache=False)
-        found = {module: getattr(module, _RECORDED) for module in parts.attentions}
-    model.train(training)
-    return found
+        return {module: getattr(module, _RECORDED) for module in parts.attentions}
 
 
 @contextmanager
@@ -210,12 +207,13 @@ def _recording(model: Any, parts: Parts) -> Iterator[None]:
         setattr(module, _RECORDED, kwargs["position_embeddings"])
 
     hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in parts.attentions]
-    attends = model.config._attn_implementation_internal
+    attends, training = model.config._attn_implementation_internal, model.training
     model.config._attn_implementation_internal = _RECORDING
     try:
         yield
     finally:
         model.config._attn_implementation_internal = attends
+        model.train(training)
         for hook in hooks:
             hook.remove()
         for module in parts.attentions:
