@@ -27,6 +27,12 @@ def test_a_recipe_survives_yaml(name: str, made: str, tmp_path: Path) -> None:
     assert recipes.from_yaml(path) == shipped
 
 
+@pytest.mark.parametrize("path", ["0\x85", "a\u2028b", "\u2029", "Überall.txt"])
+def test_names_of_files_that_hold_line_breaks(path: str) -> None:
+    made = recipe("a.txt", data={"paths": [path]})
+    assert recipes.from_yaml(recipes.to_yaml(made)) == made
+
+
 @settings(max_examples=30)
 @given(
     rate=st.floats(1e-9, 1.0),

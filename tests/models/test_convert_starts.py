@@ -128,11 +128,16 @@ def test_scores_are_nearer_to_those_of_rope_than_the_weights_alone():
     assert agreement("scores") > agreement("weights") + 0.2
 
 
-def test_text_that_the_model_cannot_read_leaves_it_as_it_was():
+def test_a_pass_that_fails_leaves_the_model_as_it_was(monkeypatch):
     model = stock("llama").train()
     kind = model.config._attn_implementation
-    with pytest.raises(IndexError):
-        wm.convert(model, "pope", start="scores", calibration=TEXT + 1000)
+
+    def fails(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(starts, "attention", fails)
+    with pytest.raises(MemoryError):
+        wm.convert(model, "pope", start="scores", calibration=TEXT)
     assert type(model).__name__ == "LlamaForCausalLM" and model.training
     assert model.config._attn_implementation == kind
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -142,6 +147,10 @@ WRONG = {
     "no such start": ({"start": "best"}, "start='best'"),
     "no text": ({"start": "scores"}, "needs calibration"),
     "text of no rank": ({"start": "centres", "calibration": TEXT[0]}, r"shape \(24,\)"),
+    "tokens of another": (
+        {"start": "centres", "calibration": TEXT + 1000},
+        "vocabulary of 50",
+    ),
     "a base of its own": ({"start": "order", "base": 5.0}, "no option base"),
     "no delta": ({"start": "order", "delta": None}, "no option base, scale, delta"),
 }

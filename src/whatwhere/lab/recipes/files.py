@@ -23,10 +23,17 @@ from whatwhere.lab.recipes.schema import (
 )
 
 
+# What YAML folds to a blank where it stands for itself, as in a file's name; escaped, it is kept.
+_LINE_BREAKS = "\x85\u2028\u2029"
+
+
 def to_yaml(recipe: Recipe) -> str:
     """A recipe as YAML that `from_yaml` reads back as an equal recipe."""
     dumped = recipe.model_dump(mode="json")
-    return yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True, width=99)
+    written: str = yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True, width=99)
+    if not set(written).isdisjoint(_LINE_BREAKS):
+        written = yaml.safe_dump(dumped, sort_keys=False, allow_unicode=False, width=99)
+    return written
 
 
 def from_yaml(source: Path | str) -> Recipe:
