@@ -22,7 +22,6 @@ from whatwhere.lab.recipes.schema import (
     TrainingSettings,
 )
 
-
 # What YAML folds to a blank where it stands for itself, as in a file's name; escaped, it is kept.
 _LINE_BREAKS = "\x85\u2028\u2029"
 
