@@ -196,10 +196,11 @@ def _record(model: Any, parts: Parts, text: Tensor) -> dict[nn.Module, tuple[Ten
             f"calibration has shape {tuple(text.shape)} and dtype {text.dtype}: expected integers "
             "of shape (N, T), T at least 2"
         )
-    if not 0 <= int(text.min()) <= int(text.max()) < model.config.vocab_size:
+    least, most = int(text.min()), int(text.max())
+    if least < 0 or most >= model.config.vocab_size:
         raise ValueError(
-            f"calibration has tokens {int(text.min())} to {int(text.max())}: expected those of the "
-            f"model's vocabulary of {model.config.vocab_size}"
+            f"calibration has tokens {least} to {most}: expected those of the model's vocabulary "
+            f"of {model.config.vocab_size}"
         )
     with _recording(model, parts):
         model.eval()(input_ids=text.to(model.device), use_cache=False)
