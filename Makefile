@@ -7,6 +7,8 @@ WORKERS ?= 2
 TORCH_ARGS ?=
 
 BIN := $(VENV)/bin
+# A worker that is done takes over tests that wait behind another's long one.
+SHARE = -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: demo test test-oldest quick-test check format bench docs clean
@@ -16,17 +18,17 @@ demo: $(VENV)/.lab
 	@echo "The report: runs/demo/report.html"
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARE)
 
 # The models again with the oldest transformers that is supported, in an environment of its own.
 OLDEST := $(VENV)-oldest
 OLD_TRANSFORMERS := 5.17.0
 
 test-oldest: $(OLDEST)/.done
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/models
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(SHARE) -m "not slow" tests/models
 
 quick-test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARE) -m "not slow"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -78,10 +78,10 @@ def test_compiled_step_of_a_static_cache():
 def test_compiled_by_inductor():
     torch._dynamo.reset()
     model = converted("llama")
-    plain = gradients(copy.deepcopy(model), use_cache=False)
-    torch.compile(model, fullgraph=True)(IDS, labels=IDS, use_cache=False).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, plain[name], atol=1e-5), name
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        found = torch.compile(model, fullgraph=True)(IDS, use_cache=False).logits
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 class Repeats(Dataset):
