@@ -67,7 +67,7 @@ def test_padded_rows_are_what_they_are_alone(family):
     assert (padded - short).abs().max() < 1e-5 * short.abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize("family", NAMED)
 def test_beam_search(family):
     model = converted(family)
     plain = generate(model, num_beams=3, use_cache=False)
@@ -202,10 +202,13 @@ def test_caches_keep_what_the_report_says():
     assert [r.form for r in converted("llama").cache_report("cpu")] == ["raw", "raw"]
 
 
-@pytest.mark.parametrize("encoding", ["rope", "pope", "rope-id"])
-def test_bfloat16(encoding):
+@pytest.mark.parametrize(
+    ("family", "encoding"),
+    [*((family, "pope") for family in NAMED), ("llama", "rope"), ("llama", "rope-id")],
+)
+def test_bfloat16(family, encoding):
     """Tables that turn keys are float32, caches hold bfloat16, steps are as exact as the whole."""
-    model = converted("llama", encoding)
+    model = converted(family, encoding)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(IDS).logits
         model = model.to(torch.bfloat16)
