@@ -76,7 +76,7 @@ def test_beam_search(family):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("family", NAMED)
 def test_assisted_and_prompt_lookup(family, form):
     """Both crop what was guessed wrong from the caches of the model and of its assistant."""
     model = converted(family, cache_form=form)
