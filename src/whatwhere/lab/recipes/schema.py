@@ -29,6 +29,10 @@ class EncodingChoice(Settings):
 
     name: str
     options: dict[str, Option | list[Option]] = {}
+    qk_norm: bool | None = None
+    """Overrides `ModelSettings.qk_norm` where it is not None."""
+    finetune_from: Label | None = None
+    """Label of the encoding whose trained run this one is fine-tuned from at a longer length."""
 
     @field_validator("options")
     @classmethod
@@ -101,6 +105,18 @@ class TrainingSettings(Settings):
     compile: Literal["no", "default", "reduce-overhead"] = Field(
         default="no", description="torch.compile and its mode; reduce-overhead uses CUDA graphs"
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="with several processes: ddp keeps a whole model on each, fsdp (FSDP2) shards "
+        "weights, gradients and optimizer among them",
+    )
+    context_parallel: int = Field(
+        default=1, ge=1, description="processes that share the positions of each sequence"
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="keep one activation a layer and compute the rest again: less memory",
+    )
     deterministic: bool = Field(
         default=True, description="deterministic GPU kernels, which exact resumption needs"
     )
@@ -154,6 +170,18 @@ class EvaluationSettings(Settings):
         "or fine-tuned with one factor",
     )
     finetune: FinetuneSettings = FinetuneSettings()
+    tasks: tuple[str, ...] = Field(
+        default=(), description="tasks of the harness, as `whatwhere evaluate --tasks` takes them"
+    )
+    task_lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="prompt lengths of tasks that make their prompts (RULER)"
+    )
+    task_data: str | None = Field(
+        default=None, description="folder of the tasks' files; None fetches them from the hub"
+    )
+    task_limit: int | None = Field(
+        default=None, ge=1, description="documents of each task; None is all"
+    )
 
 
 class PaperFigure(Settings):
@@ -171,6 +199,8 @@ class Recipe(Settings):
     """An experiment: models that differ in their position encoding and in nothing else."""
 
     name: Annotated[Label, tyro.conf.Suppress]
+    preset: Annotated[Label | None, tyro.conf.Suppress] = None
+    trained_by: Annotated[Label | None, tyro.conf.Suppress] = None
     description: Annotated[str, tyro.conf.Suppress] = ""
     data: Data
     model: ModelSettings = ModelSettings()
