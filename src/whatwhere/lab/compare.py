@@ -333,4 +333,6 @@ def _merged_settings(recipe: Recipe, folder: Path) -> Recipe:
 def _plain(recipe: Recipe, without: set[str]) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(to_yaml(recipe))
     content["data"].pop("paths", None)
+    for key in runs.HOW_IT_IS_COMPUTED:
+        content["training"].pop(key)
     return {key: value for key, value in content.items() if key not in without}

@@ -28,6 +28,9 @@ from whatwhere.lab.recipes.schema import (
 )
 from whatwhere.lab.storage import read_json, write_json, write_text
 
+HOW_IT_IS_COMPUTED = ("parallel", "context_parallel", "activation_checkpointing")
+"""Training settings that change results by rounding alone: a run may go on with others."""
+
 COLUMNS = ["encoding", "seed", "metric", "length", "value"]
 """Columns of every results.csv."""
 
@@ -245,6 +248,11 @@ def _mark(run: Run, data: dict[str, Any], source: Run | None) -> str:
 def _identity(config: RunConfig) -> dict[str, Any]:
     dumped = config.model_dump(mode="json", exclude={"evaluation", "label"})
     dumped["data"].pop("paths", None)
+    for key in HOW_IT_IS_COMPUTED:
+        dumped["training"].pop(key)
+    # Settings that say nothing are left out: fingerprints outlive new ones.
+    encoding = dumped["encoding"]
+    dumped["encoding"] = {key: value for key, value in encoding.items() if value is not None}
     return dumped
 
 

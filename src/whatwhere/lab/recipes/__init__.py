@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from whatwhere.lab.recipes import indirect_indexing, text
+from whatwhere.lab.recipes import books, indirect_indexing, text
 from whatwhere.lab.recipes.files import from_yaml, to_yaml
 from whatwhere.lab.recipes.schema import (
     EncodingChoice,
@@ -24,6 +24,7 @@ from whatwhere.lab.recipes.schema import (
 
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "text": text.PRESETS,
+    "books": books.PRESETS,
     "indirect-indexing": indirect_indexing.PRESETS,
 }
 """Recipe name -> preset name -> function that makes it. A new recipe is a file and a line here."""
