@@ -53,8 +53,9 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
             assert name in printed and preset in printed
 
 
-@pytest.mark.parametrize("preset", ["quick", "paper"])
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize(
+    ("name", "preset"), [(name, one) for name in recipes.names() for one in recipes.presets(name)]
+)
 def test_a_recipe_is_printed_as_yaml_that_reads_back(
     name: str, preset: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from whatwhere.lab.lengths import parse_lengths
 from whatwhere.lab.process import is_main_process
 from whatwhere.lab.recipes import Recipe
 from whatwhere.lab.recipes.files import describe_error
+from whatwhere.lab.results.command import Results
 from whatwhere.lab.storage import disk_errors
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ COMMANDS: dict[str, type[Command]] = {
     "bench": Bench,
     "convert": Convert,
     "finetune": Finetune,
+    "results": Results,
 }
 
 

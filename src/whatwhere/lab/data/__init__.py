@@ -13,6 +13,7 @@ from whatwhere.lab.data.indirect_indexing import (
     IndirectIndexingData,
     IndirectIndexingTask,
 )
+from whatwhere.lab.data.prepared import TokensData, TokensTask
 from whatwhere.lab.data.text import TextData, TextTask, read_tokens, spaced_windows
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "Task",
     "TextData",
     "TextTask",
+    "TokensData",
+    "TokensTask",
     "make_task",
     "read_tokens",
     "spaced_windows",

@@ -97,7 +97,7 @@ class Corpus(ABC):
         Digests of the raw files (or the revision of a set on the hub), tokenizer and options.
         """
 
-    def save_tokenizer(self, folder: Path) -> None:
+    def save_tokenizer(self, folder: Path) -> None:  # noqa: B027 - not every set has one
         """Write files from which `transformers` or `tokenizers` makes the tokenizer again."""
 
     @property

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from whatwhere.lab.data.indirect_indexing import IndirectIndexingData
+from whatwhere.lab.data.prepared import TokensData
 from whatwhere.lab.data.text import TextData
 from whatwhere.lab.recipes.schema import (
     EncodingChoice,
@@ -99,7 +100,8 @@ def _owner(places: list[str], tag: Any) -> type[BaseModel]:
         case []:
             return Recipe
         case ["data"]:
-            return TextData if tag == "text" else IndirectIndexingData
+            kinds = {"text": TextData, "tokens": TokensData}
+            return kinds.get(tag, IndirectIndexingData)
         case ["model"]:
             return ModelSettings
         case ["training"]:
