@@ -77,7 +77,7 @@ def leaves(content: Any, prefix: str = "") -> dict[str, Any]:
 
 def overridable() -> list[str]:
     content = recipes.get("text").model_dump()
-    for key in ("name", "description", "encodings", "paper"):
+    for key in ("name", "preset", "trained_by", "description", "encodings", "ours", "paper"):
         del content[key]
     del content["data"]["task"]
     return list(leaves(content))
@@ -88,6 +88,7 @@ GIVEN = {
     "model.mlp": ["swiglu"],
     "training.precision": ["bf16"],
     "training.compile": ["default"],
+    "training.parallel": ["fsdp"],
     "data.split": ["position"],
     "data.documents": ["pack"],
     "evaluation.yarn": ["finetune"],
