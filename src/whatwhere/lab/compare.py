@@ -164,11 +164,13 @@ def summary(results: pd.DataFrame, unit: str) -> Table:
         results: As in results.csv; of a recipe without lengths the validation loss is shown.
         unit: Of the losses.
     """
-    found = set(results["metric"])
-    metric = next((m for m in ("accuracy", "loss") if m in found), "validation_loss")
+    from whatwhere.lab.report.findings import main_metric
+
+    metric = main_metric(results)
     chosen = results[results["metric"] == metric]
     lengths = sorted(set(chosen["length"]))
-    title = "accuracy" if metric == "accuracy" else f"{metric.replace('_', ' ')}, {unit}"
+    name = metric.replace("_", " ")
+    title = name if metric.endswith("accuracy") else f"{name}, {unit}"
     table = Table(title=title, title_justify="left")
     table.add_column("encoding")
     for length in lengths:
