@@ -80,12 +80,14 @@ class Compare:
     """labels of the recipe's encodings, or any names in whatwhere.ENCODINGS"""
     text: tuple[str, ...] = ()
     """UTF-8 files, folders or patterns to train and evaluate on; none is the recipe's own text"""
+    source: Annotated[tuple[str, ...], tyro.conf.arg(name="from", metavar="PATH")] = ()
+    """raw files of the recipe's data set, or a folder of `whatwhere data prepare`"""
     output: Path | None = None
     """folder of runs, results and report; runs/RECIPE by default"""
 
     def run(self) -> None:
         """Compare."""
-        _compare(self.settings, self.encodings, self.text, self.output)
+        _compare(self.settings, self.encodings, self.text, self.source, self.output)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Train:
     """quick (a CPU, the default) or paper (as a paper has it)"""
     text: tuple[str, ...] = ()
     """UTF-8 files, folders or patterns to train and evaluate on; none is the recipe's own text"""
+    source: Annotated[tuple[str, ...], tyro.conf.arg(name="from", metavar="PATH")] = ()
+    """raw files of the recipe's data set, or a folder of `whatwhere data prepare`"""
     output: Path | None = None
     """folder of runs, results and report; runs/RECIPE by default"""
 
@@ -111,7 +115,7 @@ class Train:
         with user_errors():
             content = self.settings.model_dump() | {"seeds": (self.seed,)}
             recipe = Recipe.model_validate(content)
-        _compare(recipe, (self.encoding,), self.text, self.output)
+        _compare(recipe, (self.encoding,), self.text, self.source, self.output)
 
 
 @dataclass(frozen=True)
@@ -248,16 +252,16 @@ def _named_recipe(arguments: Sequence[str]) -> tuple[Recipe, str]:
 
 
 def _compare(
-    recipe: Recipe, labels: Sequence[str], text: Sequence[str], output: Path | None
+    recipe: Recipe,
+    labels: Sequence[str],
+    text: Sequence[str],
+    source: Sequence[str],
+    output: Path | None,
 ) -> None:
     from whatwhere.lab.compare import Comparison, choose
 
     with user_errors():
-        if text:
-            if recipe.data.task != "text":
-                raise ValueError(f"--text: the data of recipe {recipe.name!r} is not text")
-            paths = recipe.data.model_validate(recipe.data.model_dump() | {"paths": text})
-            recipe = recipe.model_copy(update={"data": paths})
+        recipe = _with_paths(recipe, text, source)
         folder = output or Path("runs") / recipe.name
         comparison = Comparison(choose(recipe, labels), folder)
     if not is_main_process():
@@ -267,6 +271,22 @@ def _compare(
     report = comparison.run()
     comparison.show()
     print(f"report: {report}")
+
+
+def _with_paths(recipe: Recipe, text: Sequence[str], source: Sequence[str]) -> Recipe:
+    # --text is for recipes of any text, --from for those and data sets by name.
+    data = recipe.data
+    if text and source:
+        raise ValueError("--text and --from: give one of them")
+    if text and data.task != "text":
+        hint = f": its data set {data.dataset!r} takes --from" if data.task == "tokens" else ""
+        raise ValueError(f"--text: the data of recipe {recipe.name!r} is not text{hint}")
+    if source and data.task == "indirect-indexing":
+        raise ValueError(f"--from: recipe {recipe.name!r} makes its own data")
+    if not text and not source:
+        return recipe
+    paths = data.model_validate(data.model_dump() | {"paths": tuple(text or source)})
+    return recipe.model_copy(update={"data": paths})
 
 
 def _announce(comparison: Comparison) -> None:

@@ -239,7 +239,8 @@ def source_folder(folder: Path, record: dict[str, Any]) -> Path | None:
     Raises:
         ValueError: If the record names any other place.
     """
-    source, comparison = record["source"], record.get("source_comparison")
+    source: str | None = record["source"]
+    comparison: str | None = record.get("source_comparison")
     if source is None:
         return None
     for name in filter(None, (source, comparison)):

@@ -100,7 +100,7 @@ def _owner(places: list[str], tag: Any) -> type[BaseModel]:
         case []:
             return Recipe
         case ["data"]:
-            kinds = {"text": TextData, "tokens": TokensData}
+            kinds: dict[Any, type[BaseModel]] = {"text": TextData, "tokens": TokensData}
             return kinds.get(tag, IndirectIndexingData)
         case ["model"]:
             return ModelSettings

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 
@@ -176,7 +177,7 @@ def _row(found: pd.DataFrame, label: str, length: int | None) -> pd.Series | Non
     rows = found.xs(label, level="encoding")
     if length is not None and length not in rows.index:
         return None
-    return rows.loc[length] if length is not None else rows.iloc[0]
+    return cast(pd.Series, rows.loc[length] if length is not None else rows.iloc[0])
 
 
 def _number(metric: str, value: float, deviation: float) -> str:

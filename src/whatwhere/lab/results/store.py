@@ -78,8 +78,8 @@ def add(path: Path, folders: Sequence[Path]) -> tuple[int, int]:
     if keys.has_duplicates:
         double = keys[keys.duplicated()][0]
         raise ValueError(f"two folders hold the same figure: {', '.join(map(str, double))}")
-    replaced = pd.MultiIndex.from_frame(known[KEY]).isin(keys) if len(known) else []
-    kept = known[[not gone for gone in replaced]] if len(known) else known
+    replaced = pd.MultiIndex.from_frame(known[KEY]).isin(keys)
+    kept = known[~replaced]
     merged = pd.concat([part for part in (kept, new) if len(part)], ignore_index=True)
     order = {name: place for place, name in enumerate(recipes.names())}
     merged = merged.sort_values(
@@ -141,7 +141,7 @@ def _rows_of_run(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
     versions = " ".join(f"{name} {value}" for name, value in record["versions"].items())
     device = record["device"]
     detail = device.get("count") or f"{device.get('threads')} thread(s)"
-    rows = []
+    rows: list[dict[str, Any]] = []
     table = pd.read_csv(folder / "results.csv", dtype={"encoding": str})
     for row in table.to_dict("records"):
         figure = paper_figure(recipe, row["encoding"], row["metric"], row["length"])
@@ -149,7 +149,7 @@ def _rows_of_run(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
             {
                 "recipe": recipe.name,
                 "preset": recipe.preset,
-                **row,
+                **{str(name): value for name, value in row.items()},
                 "paper_value": figure.value if figure else math.nan,
                 "paper_source": figure.source if figure else "",
                 "data": _digest(record["data"]),
