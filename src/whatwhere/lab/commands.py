@@ -23,6 +23,7 @@ from whatwhere.lab.lengths import parse_lengths
 from whatwhere.lab.process import is_main_process
 from whatwhere.lab.recipes import Recipe
 from whatwhere.lab.recipes.files import describe_error
+from whatwhere.lab.report.palette import title
 from whatwhere.lab.results.command import Results
 from whatwhere.lab.storage import disk_errors
 
@@ -304,10 +305,24 @@ def _announce(comparison: Comparison) -> None:
 
 
 def _listing() -> Table:
-    table = Table(title="recipes", title_justify="left")
-    for column in ("name", "preset", "what it is"):
-        table.add_column(column)
+    # One row a recipe, as its paper has it where one does.
+    table = Table(title="recipes", title_justify="left", show_lines=True)
+    for column in ("name", "presets", "what it is", "figures of the paper"):
+        table.add_column(column, overflow="fold")
     for name in recipes.names():
-        for preset in recipes.presets(name):
-            table.add_row(name, preset, recipes.get(name, preset).description)
+        presets = recipes.presets(name)
+        recipe = recipes.get(name, "paper" if "paper" in presets else presets[0])
+        what = recipe.description.split(". ")[0].split(": minutes")[0]
+        table.add_row(name, ", ".join(presets), what, _figures(recipe))
     return table
+
+
+def _figures(recipe: Recipe) -> str:
+    # RoPE 0.5081, PoPE 0.4889: the metrics of a recipe one after the other.
+    found: dict[str, list[str]] = {}
+    for label, figures in recipe.paper.items():
+        for metric, figure in figures.items():
+            words, _, length = metric.replace("_", " ").partition("@")
+            head = f"{words} at {int(length):,}" if length else words
+            found.setdefault(head, []).append(f"{title(label)} {figure.value:.4g}")
+    return "; ".join(f"{head}: {', '.join(values)}" for head, values in found.items())
