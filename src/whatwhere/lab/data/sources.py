@@ -71,7 +71,7 @@ def read_corpus(paths: Sequence[str] = (), max_bytes: int | None = None) -> Corp
         return _read_embedded(max_bytes or EMBEDDED_MAX_BYTES)
     reader = _Reader(max_bytes)
     for path in paths:
-        files, named = _find(path)
+        files, named = find_files(path)
         before = reader.readable
         for file in files:
             reader.add(file, file.as_posix(), named=named)
@@ -100,16 +100,30 @@ def split_by_file(
             f"split='file' needs two or more different files, got {len(documents)}; "
             "use split='position'"
         )
-    numbers = [int(document.digest[:13], 16) / 16**13 for document in documents]
+    held_out = validation_chosen([document.digest for document in documents], fraction)
+    train: list[Document] = []
+    validation: list[Document] = []
+    for document, chosen in zip(documents, held_out, strict=True):
+        (validation if chosen else train).append(document)
+    return train, validation
+
+
+def validation_chosen(digests: Sequence[str], fraction: float) -> list[bool]:
+    """Whether each document is validation, from its SHA-256; at least one is, and one is not.
+
+    See `split_by_file`.
+    """
+    numbers = [digest_number(digest) for digest in digests]
     bound = min(max(fraction, min(numbers)), max(numbers))
     # With `fraction` outside the numbers, the bound is one of them: the lowest goes to
     # validation, the highest to training.
     lowest = min(numbers)
-    train: list[Document] = []
-    validation: list[Document] = []
-    for document, number in zip(documents, numbers, strict=True):
-        (validation if number < bound or number == lowest else train).append(document)
-    return train, validation
+    return [number < bound or number == lowest for number in numbers]
+
+
+def digest_number(digest: str) -> float:
+    """A hexadecimal digest read as a number in [0, 1)."""
+    return int(digest[:13], 16) / 16**13
 
 
 def split_by_position(
@@ -192,8 +206,12 @@ def _document(name: str, text: bytes) -> Document:
     return Document(name, text, hashlib.sha256(text).hexdigest())
 
 
-def _find(path: str) -> tuple[list[Path], bool]:
-    # The files of a path, and whether the path names one file itself.
+def find_files(path: str) -> tuple[list[Path], bool]:
+    """The files of a path (file, folder or pattern) in order, and whether it names one file.
+
+    Raises:
+        ValueError: There is no such file, folder or match.
+    """
     place = Path(path).expanduser()
     if place.is_dir():
         return list(_walk(place, lambda name: not name.startswith("."))), False
