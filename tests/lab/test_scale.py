@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scale_worker import start
-from tiny import text
+from tiny import recipe, text
 
 from whatwhere.lab import runs, storage
 from whatwhere.lab.parallel import check
@@ -76,8 +76,12 @@ def torchrun(count: int, *command: str) -> subprocess.CompletedProcess:
 
 
 def succeeded(done: subprocess.CompletedProcess) -> None:
+    assert done.returncode == 0, tail(done)
+
+
+def tail(done: subprocess.CompletedProcess) -> str:
     # What the launcher says at the end hides what went wrong.
-    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:6000]
+    return done.stderr[done.stderr.find("Traceback") :][:6000]
 
 
 class Runs:
@@ -102,7 +106,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All that is trained here: three launches that end, and one whose second process dies."""
+    """All that is trained here by several processes; at the end of the first launch one dies."""
     place = tmp_path_factory.mktemp("scale")
     text(place)
     several = [name for name in TRAINED if name != "one"]
@@ -112,10 +116,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     two += [job(place / name, TRAINED[name]) for name in several]
     two += [job(place / "whole", KILLED)]
     two += [job(place / name, changes, stop=7) for name, changes in stopped.items()]
-    succeeded(launch(2, place, two))
-
-    killed = launch(2, place, [job(place / "killed", KILLED, kill=1)])
-    assert killed.returncode != 0 and "SIGKILL" in killed.stderr
+    killed = launch(2, place, [*two, job(place / "killed", KILLED, kill=1)])
+    assert "SIGKILL" in killed.stderr, tail(killed)
     assert not (Runs(place)["killed"] / "done.json").exists()
 
     four = [job(place / "fsdp-2-to-4", fsdp), job(place / "ddp-2-to-4", ddp)]
@@ -140,6 +142,7 @@ SAME = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_any_number_of_processes_trains_what_one_does(name: str, done: Runs) -> None:
     # Validation, norms before clipping and counts too, without a gap where it was resumed.
@@ -154,6 +157,7 @@ def test_any_number_of_processes_trains_what_one_does(name: str, done: Runs) -> 
         torch.testing.assert_close(value, expected_weights[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_delta_moves_as_in_one_process_and_stays_in_its_bounds(name: str, done: Runs) -> None:
     expected, found = done.weights("one"), done.weights(name)
@@ -165,6 +169,7 @@ def test_delta_moves_as_in_one_process_and_stays_in_its_bounds(name: str, done: 
         assert (found[key] >= -2 * math.pi).all() and (found[key] <= 0).all()
 
 
+@pytest.mark.slow
 def test_weights_gradients_and_moments_are_sharded(done: Runs) -> None:
     for name, count in (("fsdp", 2), ("context-fsdp", 2), ("fsdp-2-to-4", 4)):
         shards = [done.shards(name, rank) for rank in range(count)]
@@ -178,6 +183,7 @@ def test_weights_gradients_and_moments_are_sharded(done: Runs) -> None:
     assert all(s["weights"] == s["moments"] == s["whole"] for s in shards)
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_bits_with_dropout(done: Runs) -> None:
     whole, killed = done.weights("whole"), done.weights("killed")
     assert whole.keys() == killed.keys()
@@ -188,6 +194,7 @@ def test_a_killed_process_resumes_to_the_same_bits_with_dropout(done: Runs) -> N
     assert any(not torch.equal(value, without[key]) for key, value in whole.items())
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_checkpoints(done: Runs) -> None:
     assert not list(done.place.glob("*/pope-seed0/checkpoint"))
 
@@ -197,13 +204,11 @@ def test_nothing_is_left_of_checkpoints(done: Runs) -> None:
 
 @pytest.mark.slow
 def test_compare_runs_under_torchrun(tmp_path: Path) -> None:
-    from tiny import recipe
-
     made = recipe(text(tmp_path), training={"parallel": "fsdp"})
     (tmp_path / "tiny.yaml").write_text(to_yaml(made))
     command = ["-m", "whatwhere.cli", "compare", str(tmp_path / "tiny.yaml")]
-    command += ["--encodings", "pope", "rope", "yarn", "--output", str(tmp_path / "runs")]
-    done = torchrun(2, *command)
+    command += ["--encodings", "pope", "rope", "yarn", "--output"]
+    done = torchrun(2, *command, str(tmp_path / "runs"))
     succeeded(done)
     assert done.stdout.count("report: ") == 1
     assert done.stdout.count("pope-seed0  step 12/12") == 1
@@ -212,11 +217,11 @@ def test_compare_runs_under_torchrun(tmp_path: Path) -> None:
         (tmp_path / "runs" / f"{label}-seed0" / "results.csv").exists()
         for label in ("pope", "rope", "yarn")
     )
-    failed = torchrun(2, *command, "--training.batch-size", "3")
+    failed = torchrun(2, *command, str(tmp_path / "new"), "--training.batch-size", "3")
     assert failed.returncode != 0
     lines = [line for line in failed.stderr.splitlines() if line.startswith("whatwhere: ")]
     assert len(lines) == 1 and "batch_size=3" in lines[0]
-    assert "Traceback" not in failed.stderr.split("ChildFailedError")[0].split("whatwhere: ")[1]
+    assert not (tmp_path / "new").exists()
 
 
 # --- mistakes -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import whatwhere as ww
-from whatwhere.lab import runs, storage
+from whatwhere.lab import parallel, runs, storage
 from whatwhere.lab.data import Task, TextData, TextTask, make_task
 from whatwhere.lab.evaluate import evaluate
 from whatwhere.lab.process import is_main_process
@@ -76,6 +76,7 @@ class Comparison:
         self.description = self.task.describe()
         self._planned = self._plan_all()
         for run, source in self._planned:
+            parallel.check(run.config.training, self.task.length)
             runs.check(run, self.description, source)
 
     def run(self) -> Path:
