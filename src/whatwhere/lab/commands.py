@@ -20,7 +20,7 @@ from whatwhere.lab.errors import UserError, user_errors
 from whatwhere.lab.finetune.command import Finetune
 from whatwhere.lab.harness.command import Evaluate, Needles
 from whatwhere.lab.lengths import parse_lengths
-from whatwhere.lab.process import is_main_process
+from whatwhere.lab.process import is_main_process, main_process_first
 from whatwhere.lab.recipes import Recipe
 from whatwhere.lab.recipes.files import describe_error
 from whatwhere.lab.report.palette import title
@@ -261,7 +261,7 @@ def _compare(
 ) -> None:
     from whatwhere.lab.compare import Comparison, choose
 
-    with user_errors():
+    with user_errors(), main_process_first():
         recipe = _with_paths(recipe, text, source)
         folder = output or Path("runs") / recipe.name
         comparison = Comparison(choose(recipe, labels), folder)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import whatwhere as ww
-from whatwhere.lab import recipes, runs, storage
+from whatwhere.lab import parallel, recipes, runs, storage
 from whatwhere.lab.data import Task, make_task
 from whatwhere.lab.evaluate import evaluate
 from whatwhere.lab.planning import (
@@ -56,6 +56,7 @@ class Comparison:
         self.description = self.task.describe()
         self._planned = plan_all(self.settings, self.recipe, folder)
         for planned in self._planned:
+            parallel.check(planned.run.config.training, self.task.length)
             runs.check(planned.run, self.description, planned.source)
 
     def run(self) -> Path:

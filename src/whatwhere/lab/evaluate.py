@@ -68,21 +68,35 @@ def mean_loss(
         ValueError: If no token is labelled.
     """
     device = _device(model)
-    loss, correct, count = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     training = model.training
     model.eval()
     for batch in batches:
         logits = _logits(model, batch.input_ids.to(device), precision, batch.segment_ids)
-        targets = batch.labels.to(device)[:, 1:]
-        labelled = targets != IGNORED
-        chosen, targets = logits[:, :-1][labelled], targets[labelled]
-        loss += F.cross_entropy(chosen.float(), targets, reduction="sum").double()
-        correct += (chosen.argmax(-1) == targets).sum()
-        count += len(targets)
+        sums += loss_sums(logits[:, :-1], batch.labels.to(device)[:, 1:])
     model.train(training)
-    if not count.item():
+    return means(sums)
+
+
+def loss_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of losses in nats, correct guesses and number of labelled targets: ``(3,)`` float64."""
+    labelled = targets != IGNORED
+    chosen, targets = logits[labelled], targets[labelled]
+    loss = F.cross_entropy(chosen.float(), targets, reduction="sum").double()
+    correct = (chosen.argmax(-1) == targets).sum()
+    return torch.stack((loss, correct.double(), loss.new_tensor(len(targets))))
+
+
+def means(sums: Tensor) -> tuple[float, float]:
+    """Loss and accuracy from what `loss_sums` gave, summed.
+
+    Raises:
+        ValueError: If no token is labelled.
+    """
+    loss, correct, count = sums.tolist()
+    if not count:
         raise ValueError("no labelled token to evaluate on")
-    return (loss / count).item(), (correct / count).item()
+    return loss / count, correct / count
 
 
 @torch.inference_mode()
