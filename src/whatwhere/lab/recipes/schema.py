@@ -9,6 +9,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from whatwhere.lab.data.indirect_indexing import IndirectIndexingData
+from whatwhere.lab.data.prepared import TokensData
 from whatwhere.lab.data.text import TextData
 
 LABEL = r"^[a-z0-9][a-z0-9.-]*$"
@@ -192,7 +193,7 @@ class PaperFigure(Settings):
     source: str
 
 
-Data = Annotated[TextData | IndirectIndexingData, Field(discriminator="task")]
+Data = Annotated[TextData | TokensData | IndirectIndexingData, Field(discriminator="task")]
 
 
 class Recipe(Settings):
