@@ -7,7 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from whatwhere.lab.data import Task, TextTask, TokensData, TokensTask, read_tokens, spaced_windows
+from whatwhere.lab.data import (
+    Split,
+    Task,
+    TextTask,
+    TokensData,
+    TokensTask,
+    read_tokens,
+    spaced_windows,
+)
+from whatwhere.lab.data.prepared import open_tokens
 from whatwhere.lab.recipes.schema import EvaluationSettings
 
 
@@ -33,7 +42,7 @@ class _OfTask(Reading):
     def __init__(self, task: TextTask | TokensTask) -> None:
         self.task = task
         # Papers report on a test split; what is at hand while training is validation.
-        self.split = "test" if "test" in task.splits else "validation"
+        self.split: Split = "test" if "test" in task.splits else "validation"
 
     def windows(self, length: int, count: int) -> Tensor:
         if isinstance(self.task, TextTask):
@@ -87,7 +96,7 @@ def reading_of(settings: EvaluationSettings, task: Task) -> Reading | None:
     data = TokensData(
         dataset=settings.dataset, paths=settings.paths, tokenizer=tokenizer, layout="stream"
     )
-    other = TokensTask(data)
+    other = open_tokens(data)
     if other.vocab_size != task.vocab_size:
         raise ValueError(
             f"evaluation.dataset: {settings.dataset} has a vocabulary of {other.vocab_size}, the "

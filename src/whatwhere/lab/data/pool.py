@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, connection, get_context, parent_process
+from types import ModuleType
 from typing import Any, TypeVar
 
 from whatwhere.lab.storage import RunError
@@ -32,7 +34,7 @@ def run_all(
 
     Args:
         work: A function of a module.
-        shared: Its first argument, sent once to each worker.
+        shared: Its first argument, sent once to each worker; of classes of modules, too.
         tasks: Its second arguments.
         workers: Processes; with one, or one task, the work is done here.
 
@@ -49,7 +51,8 @@ def run_all(
             min(workers, len(tasks)), get_context("spawn"), _start, (shared,)
         )
         try:
-            futures = [pool.submit(_call, work, task) for task in tasks]
+            with _without_main():
+                futures = [pool.submit(_call, work, task) for task in tasks]
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
@@ -82,6 +85,18 @@ def _end_with_parent() -> None:
 
 def _call(work: Callable[[Any, Task], Result], task: Task) -> Result:
     return work(_held[0], task)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    # A new process runs the caller's script again, but for what it keeps behind a guard. There is
+    # nothing in it that the work needs.
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextmanager

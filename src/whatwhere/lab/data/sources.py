@@ -12,6 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 EMBEDDED_MAX_BYTES = 8 * 2**20
 """At most this much of the standard library is read, unless `max_bytes` says otherwise."""
@@ -80,6 +84,25 @@ def read_corpus(paths: Sequence[str] = (), max_bytes: int | None = None) -> Corp
             detail = f" ({left_out})" if left_out else ""
             raise ValueError(f"paths: {path!r} holds no UTF-8 text file{detail}")
     return Corpus(", ".join(paths), tuple(reader.documents.values()), dict(reader.skipped))
+
+
+def as_paths(value: Any) -> Any:
+    """Make a lone path a tuple of one, for settings that hold paths.
+
+    Raises:
+        ValueError: A path is blank, which would mean the folder ".".
+    """
+    values = (value,) if isinstance(value, str | Path) else value
+    if not isinstance(values, Sequence):
+        return values
+    if any(isinstance(path, str) and not path.strip() for path in values):
+        raise ValueError(f"paths must not be blank, got {value!r}")
+    return tuple(str(path) if isinstance(path, Path) else path for path in values)
+
+
+def evenly_spaced(last: int, count: int) -> NDArray[np.int64]:
+    """Return `count` integers from 0 to `last`."""
+    return np.arange(count) * last // max(1, count - 1)
 
 
 def split_by_file(

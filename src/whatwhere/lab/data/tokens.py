@@ -94,7 +94,7 @@ class PretrainedTokenizer(TextTokenizer):
         self.separator = self._tokenizer.eos_token_id
         padding = (self._tokenizer.pad_token_id, self.separator, 0)
         self.padding = next(token for token in padding if token is not None)
-        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._backend:  # What its file may ask for would cut texts, or fill them up.
             self._backend.no_truncation()
             self._backend.no_padding()

@@ -27,6 +27,13 @@ from whatwhere.lab.recipes.schema import (
 _LINE_BREAKS = "\x85\u2028\u2029"
 
 
+_DATA: dict[str, type[BaseModel]] = {
+    "text": TextData,
+    "tokens": TokensData,
+    "indirect-indexing": IndirectIndexingData,
+}
+
+
 def to_yaml(recipe: Recipe) -> str:
     """A recipe as YAML that `from_yaml` reads back as an equal recipe."""
     dumped = recipe.model_dump(mode="json")
@@ -100,8 +107,7 @@ def _owner(places: list[str], tag: Any) -> type[BaseModel]:
         case []:
             return Recipe
         case ["data"]:
-            kinds: dict[Any, type[BaseModel]] = {"text": TextData, "tokens": TokensData}
-            return kinds.get(tag, IndirectIndexingData)
+            return _DATA[tag]
         case ["model"]:
             return ModelSettings
         case ["training"]:
