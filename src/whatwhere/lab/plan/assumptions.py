@@ -69,13 +69,14 @@ def _spread(plan: RecipePlan) -> list[str]:
         lines.append("ddp: a whole model on each GPU, gradients a second time in its buckets")
     if max(used, default=1) > 1 and training.parallel == "fsdp":
         lines.append(
-            "fsdp: weights, gradients and moments divided by the GPUs; two layers with their "
-            "gradients, embedding and head gathered in the precision of products"
+            "fsdp: weights, gradients and moments divided by the GPUs; gathered are two layers "
+            "in the precision of products, embedding and head in float32; gradients that "
+            "accumulate over several micro-batches are whole"
         )
     if training.context_parallel > 1:
         lines.append(
-            f"context parallel: {training.context_parallel} GPUs share a sequence evenly, one "
-            "part of keys and values on its way"
+            f"context parallel: {training.context_parallel} GPUs share the queries of a sequence "
+            "and each gathers all of its keys and values"
         )
     return lines
 

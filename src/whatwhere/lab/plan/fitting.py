@@ -97,22 +97,32 @@ class Load:
         return fit
 
     def _fit(self, layout: Layout, rows: int, sequences: int) -> Fit:
-        parts = device_bytes(self.shape, self.step_of(layout), layout, self.batch_size, sequences)
+        passes = rows // sequences
+        parts = device_bytes(
+            self.shape,
+            self.step_of(layout),
+            layout,
+            used=layout.used(self.batch_size),
+            sequences=sequences,
+            accumulates=passes > 1,
+        )
         parts["set aside"] = self.allowance
         return Fit(
             layout=layout,
             gpus=layout.used(self.batch_size),
             micro_batch=sequences,
-            accumulation=rows // sequences,
+            accumulation=passes,
             bytes=parts,
             fits=sum(parts.values()) <= self.memory,
         )
 
     def step_of(self, layout: Layout) -> Step:
         """The step as a device of a layout computes it."""
+        length, shared = self.step.length, layout.context_parallel
         return replace(
             self.step,
-            length=ceil(self.step.length / layout.context_parallel),
+            length=length // shared,
+            keys=length if shared == 1 else length + length // (2 * shared),
             checkpointing=layout.checkpointing,
             casts=layout.parallel == "ddp" or layout.used(self.batch_size) == 1,
         )
@@ -120,6 +130,8 @@ class Load:
     def advice(self, layout: Layout) -> str:
         """What makes a single sequence fit where a layout does not: the least of what is tried."""
         for other, text in _alternatives(layout):
+            if self.step.length % (2 * other.context_parallel) and other.context_parallel > 1:
+                continue
             found = self.fit(other)
             if found.fits:
                 return f"fits with {text} ({found.total / 1e9:.1f} GB)"
@@ -130,28 +142,40 @@ class Load:
 
 
 def device_bytes(
-    shape: Shape, step: Step, layout: Layout, batch_size: int, sequences: int
+    shape: Shape, step: Step, layout: Layout, *, used: int, sequences: int, accumulates: bool
 ) -> dict[str, int]:
     """Bytes of one device while it trains on a micro-batch, by part.
 
     ``ddp`` adds its buckets, a second copy of the gradients. ``fsdp`` divides weights, gradients
-    and moments by the number of devices, and holds gathered: two layers (one ahead) with their
-    gradients, and all that belongs to no layer, with its gradients.
+    and moments by the number of devices, and holds gathered: two layers (one of them ahead), one
+    layer's gradients and their float32 copy on the way, and in float32 all that belongs to no
+    layer (embedding, head) with its gradients. Gradients that accumulate over several passes are
+    whole until the last.
+
+    Args:
+        shape: The model.
+        step: How a device computes it.
+        layout: How it is spread.
+        used: Devices that work.
+        sequences: Of a micro-batch.
+        accumulates: Whether a step has several.
     """
-    used = layout.used(batch_size)
     sharded = layout.parallel == "fsdp" and used > 1
     parts = {part: ceil(n / used) if sharded else n for part, n in state_bytes(shape).items()}
     if sharded:
         rest = shape.parameters - shape.num_hidden_layers * shape.block
-        parts["gathered"] = step.width * (4 * shape.block + 2 * rest)
+        parts["gathered"] = (3 * step.width + FLOAT) * shape.block + 2 * FLOAT * rest
+        if accumulates:
+            parts["gradients that accumulate"] = FLOAT * shape.parameters
     elif used > 1:
         parts["buckets"] = FLOAT * shape.parameters
     parts["kept for backward"] = kept(shape, step).total(sequences)
     parts["working"] = working(shape, step, sequences)
     if layout.context_parallel > 1:
-        # Keys and values on their way around the ring.
-        numbers = shape.num_key_value_heads * (shape.feature_dim + shape.head_dim)
-        parts["ring"] = 2 * step.width * numbers * step.length * sequences
+        # Raw keys and values of all positions, as they arrive and in order.
+        numbers = 2 * shape.num_key_value_heads * shape.head_dim
+        whole = step.length * layout.context_parallel
+        parts["keys of the others"] = 2 * step.width * numbers * whole * sequences
     return parts
 
 

@@ -1,9 +1,10 @@
 """Floating-point operations of matrix products, by formula.
 
-A multiplication and an addition are 2. The usual ``6 N`` a token for the ``N`` numbers of the linear layers (2 forward, 4 backward), the
-output matrix included, and attention: ``2 F`` for each score and ``2 V`` for each value that a
-query weighs, over the keys that it sees, three times that with the backward pass. Elementwise
-work (norms, softmax, rotation) and what kernels compute again are not counted.
+A multiplication and an addition are two. Counted are the usual ``6 N`` a token for the ``N``
+numbers of the linear layers (2 forward, 4 backward), the output matrix included, and attention:
+``2 F`` for each score and ``2 V`` for each value that a query weighs, over the keys that it sees,
+three times that with the backward pass. Elementwise work (norms, softmax, rotation) and what
+kernels compute again are not counted.
 """
 
 from __future__ import annotations

@@ -24,15 +24,18 @@ class Step:
 
     Attributes:
         length: ``T``, tokens of a sequence on this device.
+        keys: Tokens whose keys and values attention has there: more than ``length`` where
+            devices share a sequence.
         kind: ``"cpu"`` or ``"cuda"``.
         width: Bytes of a number in matrix products: 2 under autocast to bfloat16, else 4.
         backend: Of attention.
         checkpointing: Whether layers keep their input alone and are computed again.
-        casts: Whether autocast keeps bfloat16 copies of the weights (not where FSDP has made
-            them).
+        casts: Whether autocast makes bfloat16 copies of the layers' weights (not where FSDP has
+            gathered them so); it does of the head's in any case.
     """
 
     length: int
+    keys: int
     kind: str
     width: int
     backend: str
@@ -86,9 +89,9 @@ def kept(shape: Shape, step: Step) -> Kept:
     sequence["loss"] = _loss(shape, step)
     if shape.learned_positions:
         fixed["positions"] = 8 * length
-    if step.casts and step.width < FLOAT:
-        head = shape.vocab_size * shape.hidden_size
-        cast = head if step.checkpointing else shape.linear
+    if step.width < FLOAT:
+        every = step.casts and not step.checkpointing
+        cast = shape.linear if every else shape.vocab_size * shape.hidden_size
         fixed["weights cast by autocast"] = step.width * cast
     return Kept(sequence, fixed)
 
@@ -121,18 +124,20 @@ def attention_kept(shape: Shape, step: Step) -> Kept:
     - ``reference``: weights ``T x T``, twice.
     """
     heads, groups, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-    raw = step.width * dim * (heads + 2 * groups)
-    output, lse = step.width * heads * dim, FLOAT * heads
+    query, pair = step.width * heads * dim, 2 * step.width * groups * dim
+    output, lse = query, FLOAT * heads
     match step.backend:
         case "cpu":
             # The output is laid out anew for its projection.
-            return _attention(step, raw + output, _learned(shape))
+            return _attention(step, query + output, pair, _learned(shape))
         case "triton" | "widened":
-            return _attention(step, raw + output + lse, _learned(shape))
+            return _attention(step, query + output + lse, pair, _learned(shape))
         case "flex":
-            made, tables = _encoding(shape, step)
-            features = step.width * (shape.feature_dim * (heads + groups) + dim * groups)
-            return _attention(step, made + features + 2 * output + lse, tables)
+            made = _encoding(shape, step)
+            wide = step.width * shape.feature_dim
+            query = made.query + heads * wide + 2 * output + lse
+            key = made.key + groups * (wide + step.width * dim)
+            return _attention(step, query, key, made.fixed)
         case "reference":
             return _reference(shape, step)
         case _:
@@ -148,8 +153,9 @@ def working(shape: Shape, step: Step, sequences: int) -> int:
     and with checkpointing all that it keeps, made again.
     """
     logits = step.length * shape.vocab_size * sequences
-    kept_casts = kept(shape, step).fixed.get("weights cast by autocast", 0)
-    casts = step.width * shape.linear - kept_casts if kept_casts else 0
+    casts = 0
+    if step.casts and step.checkpointing and step.width < FLOAT:
+        casts = step.width * (shape.linear - shape.vocab_size * shape.hidden_size)
     return max(
         casts + (step.width + FLOAT) * logits,
         2 * FLOAT * logits,
@@ -170,59 +176,71 @@ def _last_layer(shape: Shape, step: Step) -> int:
     return added
 
 
-def _attention(step: Step, token: int, fixed: int) -> Kept:
-    return Kept({"attention": step.length * token}, {"tables and phases": fixed})
+def _attention(step: Step, query: int, key: int, fixed: int) -> Kept:
+    size = step.length * query + step.keys * key
+    return Kept({"attention": size}, {"tables and phases": fixed})
 
 
 def _stock(shape: Shape, step: Step) -> Kept:
     # PyTorch's scaled dot product attention.
     heads, groups, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-    features = shape.feature_dim
+    features, spec = shape.feature_dim, shape.spec
     padded = step.kind == "cpu" and features > dim
     value = features if padded else dim
     shared = heads if groups < heads else groups  # repeated, unless there is one for each
-    made, tables = _encoding(shape, step)
+    made = _encoding(shape, step)
     # Distances times slopes are not exact in 16 bits.
-    width = step.width if shape.spec.slopes is None else FLOAT
-    token = width * (heads * features + shared * (features + value) + heads * value)
-    token += FLOAT * heads + made
+    width = step.width if spec.slopes is None else FLOAT
+    query = width * heads * (features + value) + FLOAT * heads + made.query
+    key = width * shared * (features + value) + made.key
     # The output is laid out as the queries are: of heads before tokens where features were made,
     # which the projection then copies.
-    if padded or shape.spec.feature != "identity" or width != step.width:
-        token += step.width * heads * dim
-    if shape.spec.slopes is not None or shape.sliding_window is not None or shape.packed:
-        tables += step.length**2 * (FLOAT * heads if shape.spec.slopes is not None else 1)
-    return _attention(step, token, tables)
+    if padded or spec.feature != "identity" or width != step.width:
+        query += step.width * heads * dim
+    fixed = made.fixed
+    hidden = shape.sliding_window is not None or shape.packed or step.keys != step.length
+    if hidden or spec.slopes is not None:  # a dense mask
+        fixed += step.length * step.keys * (FLOAT * heads if spec.slopes is not None else 1)
+    return _attention(step, query, key, fixed)
 
 
 def _reference(shape: Shape, step: Step) -> Kept:
     heads, dim = shape.num_attention_heads, shape.head_dim
-    made, tables = _encoding(shape, step)
-    features = FLOAT * heads * (2 * shape.feature_dim + dim)
-    scores = FLOAT * heads * step.length * 2
-    tables += step.length**2  # which keys are seen
-    return _attention(step, made + features + scores + step.width * heads * dim, tables)
+    made = _encoding(shape, step)
+    scores = 2 * FLOAT * heads * step.keys
+    query = made.query + FLOAT * heads * shape.feature_dim + scores + step.width * heads * dim
+    key = made.key + FLOAT * heads * (shape.feature_dim + dim)
+    return _attention(step, query, key, made.fixed + step.length * step.keys)
 
 
-def _encoding(shape: Shape, step: Step) -> tuple[int, int]:
-    # What autograd keeps of making features, in float32: bytes of a token, and of tables.
+@dataclass(frozen=True)
+class _Making:
+    # What autograd keeps of making features, in float32: bytes of a query, a key, and of tables.
+    query: int
+    key: int
+    fixed: int
+
+
+def _encoding(shape: Shape, step: Step) -> _Making:
     spec, heads, groups = shape.spec, shape.num_attention_heads, shape.num_key_value_heads
     table = shape.table_bytes(step.length)
-    gain = 0 if spec.temperature_length is None else 2 * FLOAT * step.length
+    tables = table + shape.table_bytes(step.keys)
+    if spec.temperature_length is not None:
+        tables += 2 * FLOAT * step.length
     if spec.feature != "polar":
-        return 0, 2 * table + gain
+        return _Making(0, 0, tables)
     learned = spec.phase is not None
     raw, shown = FLOAT * shape.head_dim, FLOAT * spec.num_frequencies
+    if learned:  # tables turned by the phase are of each head
+        tables += heads * table
+    tables += _learned(shape)
     match spec.magnitude:
         case "softplus":
-            made = (heads + groups) * raw + (heads * shown if learned else 0)
+            return _Making(heads * (raw + (shown if learned else 0)), groups * raw, tables)
         case "relu":
-            made = (heads + groups) * shown
+            return _Making(heads * shown, groups * shown, tables)
         case _:
-            made = heads * raw if learned else 0
-    # Tables turned by the learned phase are of each head.
-    tables = 2 * table + (heads * table if learned else 0)
-    return made, tables + gain + _learned(shape)
+            return _Making(heads * raw if learned else 0, 0, tables)
 
 
 def _learned(shape: Shape) -> int:

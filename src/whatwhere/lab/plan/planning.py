@@ -101,7 +101,7 @@ class RunPlan:
         backend: Of attention.
         table_bytes: cos and sin of one layer, float32.
         state: Bytes of weights, gradients and optimizer of a whole model.
-        kept: What a sequence keeps for the backward pass.
+        kept: What a sequence keeps for the backward pass, on one device.
         kept_checkpointed: Likewise with activation checkpointing.
         flops: Of the forward pass of a sequence.
         fit: What a device takes at once.
@@ -254,7 +254,7 @@ def _run(
     shape = shape_of(recipe.model, choice, Sizes(vocab_size, sizes.length), packed=packed)
     kind, title = machine.maker.kind, machine.maker.title
     backend = backend_of(shape, sizes.length, kind, title)
-    step = Step(sizes.length, kind, machine.width(training.precision), backend)
+    step = Step(sizes.length, sizes.length, kind, machine.width(training.precision), backend)
     load = Load(
         shape,
         step,
@@ -268,6 +268,11 @@ def _run(
         training.context_parallel,
         training.activation_checkpointing,
     )
+    if layout.context_parallel > 1 and sizes.length % (2 * layout.context_parallel):
+        raise ValueError(
+            f"training.context_parallel={layout.context_parallel}: sequences of {sizes.length} "
+            f"tokens do not divide into {2 * layout.context_parallel} chunks"
+        )
     fit = load.fit(layout)
     flops = forward_flops(shape, sizes.length)
     pace = _pace(flops, sizes, fit, machine, step.width) if fit.fits else None
@@ -282,8 +287,8 @@ def _run(
         backend=backend,
         table_bytes=shape.table_bytes(sizes.length),
         state=state_bytes(shape),
-        kept=kept(shape, step),
-        kept_checkpointed=kept(shape, replace(step, checkpointing=True)),
+        kept=kept(shape, load.step_of(replace(layout, checkpointing=False))),
+        kept_checkpointed=kept(shape, load.step_of(replace(layout, checkpointing=True))),
         flops=flops,
         fit=fit,
         other=load.fit(replace(layout, checkpointing=not layout.checkpointing)),

@@ -87,7 +87,7 @@ def shape_of(
 
     if choice.qk_norm is not None:
         model = model.model_copy(update={"qk_norm": choice.qk_norm})
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         made = build_model(model, cast(Task, sizes), choice, seed=0)
     config = made.config
     encodings = [m for m in made.modules() if isinstance(m, ww.Encoding)]

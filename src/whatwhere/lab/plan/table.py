@@ -53,9 +53,8 @@ def parts(plan: RecipePlan) -> Grid:
     """Where the memory goes, for the encoding that needs most for a sequence."""
     run = max(plan.runs, key=lambda run: run.fit.total / run.fit.micro_batch)
     kept = run.kept_checkpointed if run.fit.layout.checkpointing else run.kept
-    ring = run.fit.layout.context_parallel
     rows = [(part, gigabytes(size), "") for part, size in run.fit.bytes.items()]
-    rows += [(part, "", gigabytes(size / ring)) for part, size in kept.sequence.items()]
+    rows += [(part, "", gigabytes(size)) for part, size in kept.sequence.items()]
     rows += [(f"{part}, for any micro-batch", "", gigabytes(n)) for part, n in kept.fixed.items()]
     title = f"where it goes, {run.label}: GB of a GPU, and of what is kept by a sequence"
     return Grid(title, ("part", "GPU", "sequence"), tuple(rows))
@@ -215,8 +214,8 @@ def _fit_json(fit: Fit) -> dict[str, Any]:
 
 
 def _state(fit: Fit) -> int:
-    names = ("weights", "gradients", "optimizer", "gathered", "buckets")
-    return sum(fit.bytes.get(name, 0) for name in names)
+    parts = ("weights", "gradients", "optimizer", "gathered", "buckets")
+    return sum(fit.bytes.get(part, 0) for part in (*parts, "gradients that accumulate"))
 
 
 def _within(fit: Fit, plan: RecipePlan) -> str:
