@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -290,7 +291,8 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert not plan(advised, Machine(gpus=2, memory=11)).runs[0].fit.fits
     assert plan(advised, Machine(gpus=4, memory=11)).runs[0].fit.fits
     longer = large(training={"batch_size": 1}, data={"length": 16384})
-    tall = plan(longer, Machine(memory=80)).runs[0]
+    whole = plan(longer, Machine(memory=1000)).runs[0].fit.total
+    tall = plan(longer, Machine(memory=0.9 * whole / GB)).runs[0]
     assert tall.advice is not None and "--training.activation-checkpointing (" in tall.advice
     hopeless = plan(longer, Machine(memory=3)).runs[0]
     assert hopeless.advice is not None and "nothing that was tried" in hopeless.advice
@@ -427,6 +429,26 @@ def test_all_recipes_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(json.loads(files[0].read_text())["recipes"]) == len(
         [name for name in recipes.names() if "quick" in recipes.presets(name)]
     )
+
+
+def test_a_recipe_of_unknown_vocabulary_is_a_row_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(TOKENIZERS, "gpt2")
+    page = tmp_path / "all.md"
+    assert run("all", "--preset", "paper", "--output", str(page)) == 0
+    assert "| text | the vocabulary of tokenizer 'gpt2' is not known here" in page.read_text()
+
+
+def test_the_page_shows_measured_rows_alone() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "plan.md").read_text(encoding="utf-8")
+    table = page.split("<!-- measured: benchmarks/plan.py -->")[1].split("<!-- end -->")[0]
+    shown = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
+    with (root / "benchmarks" / "results" / "plan.csv").open(encoding="utf-8") as file:
+        known = [row[: len(shown[0])] for row in csv.reader(file)]
+    assert shown[0] == known[0] and len(shown) > 2
+    assert all(row in known for row in shown[2:])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,18 @@ class Plan:
             content = [table.to_json(plan, assumptions(plan)) for plan in plans]
             storage.write_json(self.json, {"recipes": content, "refused": dict(refused)})
         if self.output is not None:
-            storage.write_text(self.output, _page([grid.markdown()], said))
+            blocks = [*self._heading(machine, preset), grid.markdown()]
+            storage.write_text(self.output, _page(blocks, said))
+
+    def _heading(self, machine: Machine, preset: str) -> list[str]:
+        size = f"{machine.gigabytes:g}"
+        command = f"whatwhere plan all --preset {preset} --device {machine.device}"
+        command += f" --gpus {machine.gpus} --memory {size}"
+        command += f" --parallel {self.parallel}" if self.parallel is not None else ""
+        return [
+            f"# All recipes, preset {preset}: {machine.gpus} x {machine.device}, {size} GB",
+            f"Made by `{command}`; [plan.md](plan.md) says how to read it.",
+        ]
 
     def _plan(self, recipe: Recipe, machine: Machine) -> RecipePlan:
         from whatwhere.lab.plan.planning import plan
