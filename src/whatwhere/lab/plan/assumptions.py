@@ -46,9 +46,13 @@ def _rate(plan: RecipePlan) -> list[str]:
 
 def _memory(plan: RecipePlan) -> list[str]:
     machine, training = plan.machine, plan.recipe.training
+    what = (
+        "for CUDA, cuBLAS, NCCL and fragmentation"
+        if machine.maker.kind == "cuda"
+        else "for all else"
+    )
     lines = [
-        f"GB are 10^9 bytes; {machine.allowance:g} GB of a GPU are set aside for CUDA, cuBLAS, "
-        "NCCL and fragmentation, a guess",
+        f"GB are 10^9 bytes; {machine.allowance:g} GB of a device are set aside {what}, a guess",
         "weights, gradients and AdamW's moments in float32"
         + (", autocast to bfloat16 in products" if plan.width == 2 else ""),
     ]
