@@ -20,6 +20,7 @@ from whatwhere.lab.errors import UserError, user_errors
 from whatwhere.lab.finetune.command import Finetune
 from whatwhere.lab.harness.command import Evaluate, Needles
 from whatwhere.lab.lengths import parse_lengths
+from whatwhere.lab.plan.command import EVERYTHING, Plan, everything
 from whatwhere.lab.process import is_main_process, main_process_first
 from whatwhere.lab.recipes import Recipe
 from whatwhere.lab.recipes.files import describe_error
@@ -171,6 +172,7 @@ COMMANDS: dict[str, type[Command]] = {
     "recipes": Recipes,
     "compare": Compare,
     "train": Train,
+    "plan": Plan,
     "evaluate": Evaluate,
     "extrapolate": Extrapolate,
     "needles": Needles,
@@ -194,11 +196,18 @@ def parse(arguments: Sequence[str]) -> Command:
     if name not in COMMANDS:
         return _list_commands(arguments)
     defaults: dict[str, Any] = {}
-    if name in ("compare", "train"):
+    if name in ("compare", "train", "plan"):
         with user_errors():
-            recipe, given = _named_recipe(arguments[1:])
+            if (name, *arguments[1:2]) == ("plan", EVERYTHING):
+                recipe, given = everything(), EVERYTHING
+            else:
+                recipe, given = _named_recipe(arguments[1:])
             one = OneRun.model_validate(recipe.model_dump())
-        choices = {"compare": Compare(given, recipe), "train": Train(given, one, tyro.MISSING)}
+        choices = {
+            "compare": Compare(given, recipe),
+            "train": Train(given, one, tyro.MISSING),
+            "plan": Plan(given, recipe),
+        }
         defaults["default"] = choices[name]
     try:
         command: Command = tyro.cli(
