@@ -49,13 +49,13 @@ def quick() -> Recipe:
     return Recipe(
         name="genome",
         description=(
-            "A sample of the genome with a small model (4 layers x 128, length 250, 400 steps): "
+            "A sample of the genome with a small model (4 layers x 128, length 250, 300 steps): "
             "minutes on a CPU, no figures of a paper"
         ),
         data=TokensData(dataset="genome", length=250),
         model=SMALL,
         training=TrainingSettings(
-            steps=400,
+            steps=300,
             batch_size=8,
             learning_rate=1e-3,
             min_learning_rate=1e-4,

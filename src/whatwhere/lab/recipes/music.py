@@ -45,13 +45,13 @@ def jsb_quick() -> Recipe:
     return Recipe(
         name="jsb",
         description=(
-            "Bach's chorales with a small model (4 layers x 128, length 512, 600 steps): minutes "
+            "Bach's chorales with a small model (4 layers x 128, length 512, 400 steps): minutes "
             "on a CPU, no figures of a paper"
         ),
         data=TokensData(dataset="jsb", length=512),
         model=SMALL,
         training=TrainingSettings(
-            steps=600,
+            steps=400,
             batch_size=4,
             learning_rate=1e-3,
             min_learning_rate=1e-4,
