@@ -1,5 +1,5 @@
 """The command line: `whatwhere recipes | compare | train | evaluate | extrapolate | report |
-bench | convert | finetune`.
+bench | convert | finetune | data`.
 
 A mistake of the user is one line on standard error and exit code 2; something from outside that
 stopped the work (a full disk, another process in the folder) is one line and exit code 1; Ctrl-C

@@ -284,6 +284,11 @@ def check_files(path: Path, manifest: Manifest) -> Iterator[tuple[Path, str]]:
         yield file, problem
 
 
+def file_count(manifest: Manifest) -> int:
+    """How many files `check_files` compares."""
+    return sum(1 for _ in _listed(manifest))
+
+
 def mark_verified(path: Path, manifest: Manifest) -> None:
     """Note that the checksums of a folder were compared, so that opening it again is quick."""
     try:
