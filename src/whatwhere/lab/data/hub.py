@@ -238,7 +238,7 @@ class HubTexts(TextDocuments):
             ) from error
 
     def _reached(self, ask: Callable[[], Any]) -> Any:
-        logging = need("huggingface_hub", "data").utils.logging
+        logging = need("huggingface_hub.utils.logging", "data")
         before = logging.get_verbosity()
         logging.set_verbosity_error()  # It tells of each time it tries again.
         try:

@@ -151,8 +151,9 @@ def _files(folder: Path) -> list[Path]:
 def _fetch(name: str, raw: Raw, cache: Path) -> Path:
     assert raw.url is not None
     file = raw.url.rpartition("/")[2]
+    what = f"the contents of {file}" if raw.archive else file
     if is_offline():
-        raise bring(name, file, raw.url, cache, "HF_HUB_OFFLINE is set")
+        raise bring(name, what, raw.url, cache, "HF_HUB_OFFLINE is set")
     pooch = need("pooch", "data")
     if cache.is_dir():
         cache.rmdir()  # It is empty.
@@ -170,11 +171,11 @@ def _fetch(name: str, raw: Raw, cache: Path) -> Path:
             if raw.archive:
                 (temporary / file).unlink()
     except ValueError as error:  # What came has another checksum.
-        raise bring(name, file, raw.url, cache, _reason(error)) from error
+        raise bring(name, what, raw.url, cache, _reason(error)) from error
     except OSError as error:
         if error.errno is not None:  # Of this machine; those of the network have none.
             raise
-        raise bring(name, file, raw.url, cache, _reason(error)) from error
+        raise bring(name, what, raw.url, cache, _reason(error)) from error
     return cache if raw.archive else cache / file
 
 

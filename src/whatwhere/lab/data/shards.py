@@ -304,11 +304,11 @@ def sha256_of(file: Path) -> str:
 
 
 def _marks(path: Path, manifest: Manifest) -> dict[str, Any]:
-    # Times too: a copy has others, and is compared again.
+    # Times and numbers, too: a copy has others, and is compared again.
     marks: dict[str, Any] = {"manifest": manifest.checksum}
     for name, _, _ in _listed(manifest):
         status = (path / name).stat()
-        marks[name] = [status.st_size, status.st_mtime_ns]
+        marks[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
     return marks
 
 
