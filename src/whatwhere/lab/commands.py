@@ -16,6 +16,7 @@ from rich.table import Table
 from whatwhere.lab import recipes
 from whatwhere.lab.bench.command import Bench
 from whatwhere.lab.convert.command import Convert
+from whatwhere.lab.data.command import Data
 from whatwhere.lab.errors import UserError, user_errors
 from whatwhere.lab.finetune.command import Finetune
 from whatwhere.lab.harness.command import Evaluate, Needles
@@ -181,6 +182,7 @@ COMMANDS: dict[str, type[Command]] = {
     "convert": Convert,
     "finetune": Finetune,
     "results": Results,
+    "data": Data,
 }
 
 

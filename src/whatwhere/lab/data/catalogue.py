@@ -64,16 +64,16 @@ def make_corpus(
     """
     check_name(name)
     if name == "text":
-        found = [str(path) for path in paths] or _own_texts(cache_dir)
-        return TextFiles(found, name, tokenizer or "bytes", max_bytes=max_bytes)
+        texts = [str(path) for path in paths] or _own_texts(cache_dir)
+        return TextFiles(texts, name, tokenizer or "bytes", max_bytes=max_bytes)
     if name in HUB:
         return _hub_texts(name, paths, tokenizer, max_bytes, cache_dir)
     for option, given in (("tokenizer", tokenizer), ("max_bytes", max_bytes)):
         if given is not None:
             raise ValueError(f"{option}: {name} takes none, it is for text; got {given!r}")
+    found = raw.find(name, paths, cache_dir)
     module, kind = _MODULES[name]
-    maker = getattr(import_module(f"whatwhere.lab.data.{module}"), kind)
-    corpus: Corpus = maker(raw.find(name, paths, cache_dir), name)
+    corpus: Corpus = getattr(import_module(f"whatwhere.lab.data.{module}"), kind)(found, name)
     return corpus
 
 
@@ -83,6 +83,14 @@ def check_name(name: str) -> None:
         close = get_close_matches(name, CORPORA, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"unknown data set {name!r}{hint}: expected one of {', '.join(CORPORA)}")
+
+
+def origin(name: str) -> tuple[str, str]:
+    """The licence of a data set, and where it comes from."""
+    if name in HUB:
+        return HUB[name].licence, HUB[name].homepage
+    found = raw.RAW[name]
+    return found.licence, found.url or found.what
 
 
 def _own_texts(cache_dir: Path | None) -> list[str]:

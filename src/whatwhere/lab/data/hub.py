@@ -238,10 +238,15 @@ class HubTexts(TextDocuments):
             ) from error
 
     def _reached(self, ask: Callable[[], Any]) -> Any:
+        logging = need("huggingface_hub.utils.logging", "data")
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # It tells of each time it tries again.
         try:
             return ask()
         except Exception as error:  # Whatever the clients below `datasets` raise.
             raise self._absent(_reason(error)) from error
+        finally:
+            logging.set_verbosity(before)
 
     def _absent(self, reason: str) -> ValueError:
         what = "its files (Parquet, JSON lines or text)"

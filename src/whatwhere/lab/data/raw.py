@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from whatwhere.lab.data.extras import need
 from whatwhere.lab.data.tokens import default_cache_dir
-from whatwhere.lab.storage import disk_errors
+from whatwhere.lab.storage import new_folder
 
 DATA_VARIABLE = "WHATWHERE_DATA"
 """A folder of data sets, looked into before anything is fetched."""
@@ -20,7 +21,8 @@ class Raw:
     """Where the raw files of a data set are.
 
     Attributes:
-        folder: Below `$WHATWHERE_DATA`.
+        licence: For the list of data sets; what counts is what the corpus itself says.
+        folders: Below `$WHATWHERE_DATA`; the first that is there counts.
         file: The one file that counts there; `None` is the whole folder.
         url: What to fetch; `None` cannot be fetched.
         checksum: Of what is fetched, as `pooch` takes it: a SHA-256, or `md5:...`.
@@ -28,7 +30,8 @@ class Raw:
         what: For the user: what to bring.
     """
 
-    folder: str
+    licence: str
+    folders: tuple[str, ...]
     file: str | None = None
     url: str | None = None
     checksum: str | None = None
@@ -38,30 +41,33 @@ class Raw:
 
 RAW: dict[str, Raw] = {
     "jsb": Raw(
-        "jsb",
+        "none stated; the music is in the public domain",
+        ("jsb",),
         "jsb-chorales-16th.json",
         "https://raw.githubusercontent.com/czhuang/JSB-Chorales-dataset/"
         "9a7f733ddb4ed91f48da64ac7f0f621c34aadd4d/jsb-chorales-16th.json",
         "8730aca7b64e7d29493733d1cf19fad4a5b351d8f1845e57dac27728104fd39f",
     ),
     "maestro": Raw(
-        "maestro",
+        "CC BY-NC-SA 4.0",
+        ("maestro", "midi"),
         None,
         "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/"
         "maestro-v3.0.0-midi.zip",
         "70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c",
         archive=True,
     ),
-    "midi": Raw("midi", what="a folder of MIDI files"),
+    "midi": Raw("that of the files", ("midi",), what="a folder of MIDI files"),
     # The checksum that UCSC publishes beside the file is an MD5.
     "genome": Raw(
-        "genome",
+        "no restriction on use",
+        ("genome",),
         None,
         "https://hgdownload.soe.ucsc.edu/goldenPath/hg38/bigZips/hg38.fa.gz",
         "md5:1c9dcaddfa41027f17cd8f7a82c7293b",
     ),
-    "fasta": Raw("fasta", what="FASTA files"),
-    "text": Raw("books", what="UTF-8 text files"),
+    "fasta": Raw("that of the files", ("fasta",), what="FASTA files"),
+    "text": Raw("that of the files", ("books",), what="UTF-8 text files"),
 }
 
 
@@ -79,9 +85,10 @@ def find(name: str, paths: Sequence[str | Path], cache_dir: Path | None = None) 
     if paths:
         return [_existing(path) for path in paths]
     raw = RAW[name]
-    found = below_data(raw.folder, raw.file)
-    if found:
-        return [found]
+    for folder in raw.folders:
+        found = below_data(folder, raw.file)
+        if found:
+            return [found]
     cache = cached(name, cache_dir)
     if _files(cache):
         return [cache / raw.file] if raw.file and (cache / raw.file).exists() else [cache]
@@ -136,29 +143,39 @@ def _existing(path: str | Path) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    # Hidden ones are what a download that was cut off leaves.
     if not folder.is_dir():
         return []
-    return [file for file in folder.iterdir() if not file.name.startswith((".", "tmp"))]
+    return [file for file in folder.iterdir() if not file.name.startswith(".")]
 
 
 def _fetch(name: str, raw: Raw, cache: Path) -> Path:
     assert raw.url is not None
     file = raw.url.rpartition("/")[2]
+    what = f"the contents of {file}" if raw.archive else file
     if is_offline():
-        raise bring(name, file, raw.url, cache, "HF_HUB_OFFLINE is set")
+        raise bring(name, what, raw.url, cache, "HF_HUB_OFFLINE is set")
     pooch = need("pooch", "data")
-    unpack = pooch.Unzip(extract_dir=".") if raw.archive else None
-    with disk_errors(cache):
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            pooch.retrieve(raw.url, raw.checksum, file, cache, processor=unpack, progressbar=False)
-        except ValueError as error:  # What came has another checksum.
-            raise bring(name, file, raw.url, cache, str(error).splitlines()[0]) from error
-        except OSError as error:
-            if error.errno is not None:  # Of this machine; those of the network have none.
-                raise
-            raise bring(name, file, raw.url, cache, _reason(error)) from error
+    if cache.is_dir():
+        cache.rmdir()  # It is empty.
+    try:
+        # Under another name until all is there and unpacked.
+        with new_folder(cache) as temporary:
+            pooch.retrieve(
+                raw.url,
+                raw.checksum,
+                file,
+                temporary,
+                processor=pooch.Unzip(extract_dir=".") if raw.archive else None,
+                progressbar=sys.stderr.isatty(),
+            )
+            if raw.archive:
+                (temporary / file).unlink()
+    except ValueError as error:  # What came has another checksum.
+        raise bring(name, what, raw.url, cache, _reason(error)) from error
+    except OSError as error:
+        if error.errno is not None:  # Of this machine; those of the network have none.
+            raise
+        raise bring(name, what, raw.url, cache, _reason(error)) from error
     return cache if raw.archive else cache / file
 
 

@@ -284,6 +284,11 @@ def check_files(path: Path, manifest: Manifest) -> Iterator[tuple[Path, str]]:
         yield file, problem
 
 
+def file_count(manifest: Manifest) -> int:
+    """How many files `check_files` compares."""
+    return sum(1 for _ in _listed(manifest))
+
+
 def mark_verified(path: Path, manifest: Manifest) -> None:
     """Note that the checksums of a folder were compared, so that opening it again is quick."""
     try:
@@ -299,11 +304,11 @@ def sha256_of(file: Path) -> str:
 
 
 def _marks(path: Path, manifest: Manifest) -> dict[str, Any]:
-    # Times too: a copy has others, and is compared again.
+    # Times and numbers, too: a copy has others, and is compared again.
     marks: dict[str, Any] = {"manifest": manifest.checksum}
     for name, _, _ in _listed(manifest):
         status = (path / name).stat()
-        marks[name] = [status.st_size, status.st_mtime_ns]
+        marks[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
     return marks
 
 

@@ -218,7 +218,8 @@ class TextFiles(TextDocuments):
                     continue
                 known[found.digest] = found
                 if left is not None and not is_record:
-                    left -= found.size
+                    cut = file.stat().st_size > found.mark + found.size
+                    left = 0 if cut else left - found.size
             if len(plain) + len(others) == before and not left_out:
                 raise ValueError(f"paths: {path!r} holds no UTF-8 text")
         if not plain and not others:
