@@ -1,4 +1,4 @@
-"""The command line: `whatwhere recipes | compare | train | evaluate | extrapolate | report |
+"""The command line: `whatwhere recipes | compare | train | plan | evaluate | extrapolate | report |
 bench | convert | finetune`.
 
 A mistake of the user is one line on standard error and exit code 2; something from outside that

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -87,3 +89,60 @@ class Lines:
 
     def close(self) -> None:
         """Nothing is left to do."""
+
+
+class Counter(Protocol):
+    """Shows how many of a known number of things are done."""
+
+    def advance(self, note: str) -> None:
+        """Count one more, and show a few words beside the count."""
+
+
+@contextmanager
+def counting(title: str, total: int, done: int = 0) -> Iterator[Counter]:
+    """A bar over things that are counted where standard output is a terminal, else plain lines.
+
+    Args:
+        title: What is being done.
+        total: Number of things.
+        done: How many were done before.
+    """
+    console = Console(quiet=not is_main_process())
+    if not console.is_terminal:
+        yield _CountedLines(console, title, total, done)
+        return
+    bar = _CountedBar(console, title, total, done)
+    with bar.progress:
+        yield bar
+
+
+class _CountedBar:
+    def __init__(self, console: Console, title: str, total: int, done: int) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self.progress.add_task(title, total=total, completed=done, note="")
+
+    def advance(self, note: str) -> None:
+        self.progress.update(self._task, advance=1, note=note)
+
+
+class _CountedLines:
+    def __init__(self, console: Console, title: str, total: int, done: int) -> None:
+        self._console, self._title, self._total, self._done = console, title, total, done
+
+    def advance(self, note: str) -> None:
+        before, self._done = self._done, self._done + 1
+        if 10 * self._done // self._total > 10 * before // self._total:
+            self._console.print(
+                f"{self._title}  {self._done}/{self._total}  {note}",
+                highlight=False,
+                soft_wrap=True,
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from whatwhere.lab.environment import surroundings
 from whatwhere.lab.recipes.schema import (
+    LABEL,
     Data,
     EncodingChoice,
     EvaluationSettings,
@@ -123,12 +125,15 @@ def plan(recipe: Recipe, label: str, seed: int, folder: Path) -> Run:
     if training.precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "no"
         training = training.model_copy(update={"precision": precision})
+    choice, model = recipe.encodings[label], recipe.model
+    if choice.qk_norm is not None:
+        model = model.model_copy(update={"qk_norm": choice.qk_norm})
     config = RunConfig(
         label=label,
-        encoding=recipe.encodings[label],
+        encoding=choice,
         seed=seed,
         data=recipe.data,
-        model=recipe.model,
+        model=model,
         training=training,
         evaluation=recipe.evaluation,
     )
@@ -175,8 +180,10 @@ def check(run: Run, data: dict[str, Any], source: Run | None = None) -> dict[str
     return found
 
 
-def claim(run: Run, data: dict[str, Any], source: Run | None = None) -> None:
+def claim(run: Run, data: dict[str, Any], source: Run | None = None, how: str = "train") -> None:
     """Make a run's folder its own, or check that it is; arguments and errors as for `check`.
+
+    `how` it gets its weights is recorded: trained, fine-tuned from the source, or borrowed.
 
     A folder whose evaluation settings alone differ keeps its weights and loses its results, which
     are then measured again.
@@ -188,7 +195,9 @@ def claim(run: Run, data: dict[str, Any], source: Run | None = None) -> None:
             "fingerprint": _mark(run, data, source),
             "config": config,
             "data": data,
+            "how": how,
             "source": source.folder.name if source else None,
+            "source_comparison": _elsewhere(run, source),
             **surroundings(),
         }
         write_json(run.record, record)
@@ -222,6 +231,25 @@ def load_run(folder: Path) -> Run:
     return Run(folder, RunConfig.model_validate(load_record(folder)["config"]))
 
 
+def source_folder(folder: Path, record: dict[str, Any]) -> Path | None:
+    """The folder of the run that a record's weights come from.
+
+    It lies beside the run, or in a comparison beside that of the run.
+
+    Raises:
+        ValueError: If the record names any other place.
+    """
+    source: str | None = record["source"]
+    comparison: str | None = record.get("source_comparison")
+    if source is None:
+        return None
+    for name in filter(None, (source, comparison)):
+        if not re.fullmatch(LABEL, name):
+            raise ValueError(f"{folder / 'run.json'}: source {name!r} is no name of a folder")
+    place = folder.absolute().parent
+    return place.parent / comparison / source if comparison else folder.parent / source
+
+
 def merge_results(folder: Path, runs: Iterable[Run]) -> pd.DataFrame:
     """Write `results.csv` of a folder from those of its evaluated runs, in their order."""
     tables = [pd.read_csv(run.results, dtype={"encoding": str}) for run in runs if run.evaluated]
@@ -239,6 +267,13 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         place = f"{prefix}.{key}" if prefix else str(key)
         found += differences(old.get(key), new.get(key), place)
     return found
+
+
+def _elsewhere(run: Run, source: Run | None) -> str | None:
+    # The comparison that a source belongs to, unless it is the run's own.
+    if source is None or source.folder.parent == run.folder.parent:
+        return None
+    return source.folder.absolute().parent.name
 
 
 def _mark(run: Run, data: dict[str, Any], source: Run | None) -> str:

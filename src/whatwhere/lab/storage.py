@@ -30,8 +30,12 @@ class DiskFullError(RunError):
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of a folder; a killed process lets go of it by itself.
+
+    Args:
+        folder: Made if it is not there.
+        wait: Wait for another process that works in it.
 
     Raises:
         RunError: If another process works in it, or it cannot be written to.
@@ -40,7 +44,7 @@ def lock(folder: Path) -> Iterator[None]:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            held.acquire(timeout=0)
+            held.acquire(timeout=-1 if wait else 0)
         except Timeout:
             raise RunError(f"another process is working in {folder}") from None
     try:

@@ -46,15 +46,33 @@ class Task(ABC):
 
     vocab_size: int
     length: int
-    splits: ClassVar[tuple[Split, ...]]
+    splits: tuple[Split, ...]
     accuracy: ClassVar[bool] = False
 
     @abstractmethod
-    def train_batch(self, seed: int, step: int, batch_size: int, device: Device = "cpu") -> Batch:
-        """Return the training batch of a step.
+    def train_batch(
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        device: Device = "cpu",
+        rows: range | None = None,
+    ) -> Batch:
+        """Return the training batch of a step, or some rows of it.
 
         A pure function of its arguments and the data: nothing is remembered from call to call,
         so that a resumed run, another encoding or another machine sees the same batches.
+
+        Args:
+            seed: Of the order.
+            step: From 0.
+            batch_size: Sequences in the whole batch, over all processes.
+            device: Where the tensors go.
+            rows: Of the whole batch, those to return, without the work of the others: a process
+                asks for its own, so that their number changes nothing. `None` is all.
+
+        Raises:
+            ValueError: An argument out of its range.
         """
 
     @abstractmethod
@@ -77,13 +95,26 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """Return a record of the data: sources, sizes, tokenizer, SHA-256 of the tokens."""
 
-    def check_train(self, seed: int, step: int, batch_size: int) -> None:
-        """Raise a `ValueError` on arguments that `train_batch` cannot take."""
+    def check_train(
+        self, seed: int, step: int, batch_size: int, rows: range | None = None
+    ) -> range:
+        """Return the rows that are asked for.
+
+        Raises:
+            ValueError: An argument that `train_batch` cannot take.
+        """
         for name, value in (("seed", seed), ("step", step)):
             if not 0 <= value < 2**63:
                 raise ValueError(f"{name} must be in 0 .. 2^63 - 1, got {value}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if rows is None:
+            return range(batch_size)
+        if rows.step != 1 or not 0 <= rows.start < rows.stop <= batch_size:
+            raise ValueError(
+                f"rows must be consecutive and among the {batch_size} of the batch, got {rows}"
+            )
+        return rows
 
     def check_evaluation(self, split: str, batch_size: int, limit: int | None) -> None:
         """Raise a `ValueError` on arguments that `evaluation_batches` cannot take."""

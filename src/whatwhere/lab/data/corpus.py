@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,10 +63,10 @@ class Corpus(ABC):
         padding: Id to fill up sequences with.
     """
 
-    name: ClassVar[str]
-    licence: ClassVar[str]
-    homepage: ClassVar[str]
-    layout: ClassVar[Layout]
+    name: str
+    licence: str
+    homepage: str
+    layout: Layout
     tokenizer_name: str
     vocab_size: int
     separator: int | None
@@ -97,7 +99,21 @@ class Corpus(ABC):
         Digests of the raw files (or the revision of a set on the hub), tokenizer and options.
         """
 
-    def save_tokenizer(self, folder: Path) -> None:
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """A hexadecimal digest that changes whenever ids could mean something else."""
+        parts = (self.tokenizer_name, self.vocab_size, self.separator, self.padding)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def leave_out(self, reason: str) -> None:
+        """Count something that `documents` leaves out, such as an `"empty document"`."""
+        self.__dict__.setdefault("_left_out", Counter())[reason] += 1
+
+    def take_left_out(self) -> dict[str, int]:
+        """Return what was left out since the last call, and forget it."""
+        return dict(self.__dict__.pop("_left_out", {}))
+
+    def save_tokenizer(self, folder: Path) -> None:  # noqa: B027 - some have no files
         """Write files from which `transformers` or `tokenizers` makes the tokenizer again."""
 
     @property

@@ -7,6 +7,8 @@ generators", 2014) in wrapping 64-bit integers, which all devices compute alike.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,16 @@ def below(bits: Tensor, bound: Tensor | int) -> Tensor:
     Takes the upper 31 bits times the bound; the bias is below `bound / 2^31`.
     """
     return (_shift_right(bits, 33) * bound) >> 31
+
+
+@lru_cache(maxsize=3)
+def permutation(size: int, *words: int) -> Tensor:
+    """Return the numbers `0 .. size - 1` in an order drawn from words, as for `key`.
+
+    The last three are kept: do not write into it.
+    """
+    # The numbers of one stream never repeat, so that the order has no ties to break.
+    return keys(key(*words), torch.arange(size)).argsort()
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

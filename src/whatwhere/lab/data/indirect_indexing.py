@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import string
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -113,20 +112,28 @@ class IndirectIndexingTask(Task):
             "test": data.test_examples,
         }
 
-    def train_batch(self, seed: int, step: int, batch_size: int, device: Device = "cpu") -> Batch:
+    def train_batch(
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        device: Device = "cpu",
+        rows: range | None = None,
+    ) -> Batch:
         """Return the batch of a step: each epoch goes once through all training examples.
 
         The order of an epoch is a permutation drawn from (seed, epoch); step `n` takes places
         `n * batch_size` and on of the epochs laid end to end.
         """
-        self.check_train(seed, step, batch_size)
+        rows = self.check_train(seed, step, batch_size, rows)
         size = self.data.train_examples
-        places = range(step * batch_size, (step + 1) * batch_size)
+        places = range(step * batch_size + rows.start, step * batch_size + rows.stop)
         parts = []
         for epoch in range(places.start // size, (places.stop - 1) // size + 1):
             first = max(places.start, epoch * size) - epoch * size
             last = min(places.stop, (epoch + 1) * size) - epoch * size
-            parts.append(_epoch_order(size, seed, epoch)[first:last])
+            order = counter.permutation(size, seed, _STREAMS["order"], epoch)
+            parts.append(order[first:last])
         return self.examples("train", torch.cat(parts).to(device))
 
     def evaluation_batches(
@@ -229,10 +236,3 @@ class IndirectIndexingTask(Task):
         two_digits = size >= 10
         suffix = torch.where(two_digits, torch.cat(long, 1), torch.cat([*short, padding], 1))
         return suffix, 6 + two_digits.long()
-
-
-@lru_cache(maxsize=3)
-def _epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    # The numbers of one stream never repeat, so that the order has no ties to break.
-    stream = counter.key(seed, _STREAMS["order"], epoch)
-    return counter.keys(stream, torch.arange(size)).argsort()

@@ -12,6 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 EMBEDDED_MAX_BYTES = 8 * 2**20
 """At most this much of the standard library is read, unless `max_bytes` says otherwise."""
@@ -71,7 +75,7 @@ def read_corpus(paths: Sequence[str] = (), max_bytes: int | None = None) -> Corp
         return _read_embedded(max_bytes or EMBEDDED_MAX_BYTES)
     reader = _Reader(max_bytes)
     for path in paths:
-        files, named = _find(path)
+        files, named = find_files(path)
         before = reader.readable
         for file in files:
             reader.add(file, file.as_posix(), named=named)
@@ -80,6 +84,25 @@ def read_corpus(paths: Sequence[str] = (), max_bytes: int | None = None) -> Corp
             detail = f" ({left_out})" if left_out else ""
             raise ValueError(f"paths: {path!r} holds no UTF-8 text file{detail}")
     return Corpus(", ".join(paths), tuple(reader.documents.values()), dict(reader.skipped))
+
+
+def as_paths(value: Any) -> Any:
+    """Make a lone path a tuple of one, for settings that hold paths.
+
+    Raises:
+        ValueError: A path is blank, which would mean the folder ".".
+    """
+    values = (value,) if isinstance(value, str | Path) else value
+    if not isinstance(values, Sequence):
+        return values
+    if any(isinstance(path, str) and not path.strip() for path in values):
+        raise ValueError(f"paths must not be blank, got {value!r}")
+    return tuple(str(path) if isinstance(path, Path) else path for path in values)
+
+
+def evenly_spaced(last: int, count: int) -> NDArray[np.int64]:
+    """Return `count` integers from 0 to `last`."""
+    return np.arange(count) * last // max(1, count - 1)
 
 
 def split_by_file(
@@ -100,16 +123,30 @@ def split_by_file(
             f"split='file' needs two or more different files, got {len(documents)}; "
             "use split='position'"
         )
-    numbers = [int(document.digest[:13], 16) / 16**13 for document in documents]
+    held_out = validation_chosen([document.digest for document in documents], fraction)
+    train: list[Document] = []
+    validation: list[Document] = []
+    for document, chosen in zip(documents, held_out, strict=True):
+        (validation if chosen else train).append(document)
+    return train, validation
+
+
+def validation_chosen(digests: Sequence[str], fraction: float) -> list[bool]:
+    """Whether each document is validation, from its SHA-256; at least one is, and one is not.
+
+    See `split_by_file`.
+    """
+    numbers = [digest_number(digest) for digest in digests]
     bound = min(max(fraction, min(numbers)), max(numbers))
     # With `fraction` outside the numbers, the bound is one of them: the lowest goes to
     # validation, the highest to training.
     lowest = min(numbers)
-    train: list[Document] = []
-    validation: list[Document] = []
-    for document, number in zip(documents, numbers, strict=True):
-        (validation if number < bound or number == lowest else train).append(document)
-    return train, validation
+    return [number < bound or number == lowest for number in numbers]
+
+
+def digest_number(digest: str) -> float:
+    """A hexadecimal digest read as a number in [0, 1)."""
+    return int(digest[:13], 16) / 16**13
 
 
 def split_by_position(
@@ -192,8 +229,12 @@ def _document(name: str, text: bytes) -> Document:
     return Document(name, text, hashlib.sha256(text).hexdigest())
 
 
-def _find(path: str) -> tuple[list[Path], bool]:
-    # The files of a path, and whether the path names one file itself.
+def find_files(path: str) -> tuple[list[Path], bool]:
+    """The files of a path (file, folder or pattern) in order, and whether it names one file.
+
+    Raises:
+        ValueError: There is no such file, folder or match.
+    """
     place = Path(path).expanduser()
     if place.is_dir():
         return list(_walk(place, lambda name: not name.startswith("."))), False

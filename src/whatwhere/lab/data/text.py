@@ -20,6 +20,8 @@ from whatwhere.lab.data.packing import Packing, pack
 from whatwhere.lab.data.sources import (
     Corpus,
     Document,
+    as_paths,
+    evenly_spaced,
     read_corpus,
     split_by_file,
     split_by_position,
@@ -62,13 +64,7 @@ class TextData(BaseModel):
     @field_validator("paths", mode="before")
     @classmethod
     def _accept_one_path(cls, value: Any) -> Any:
-        # A lone string would be refused as "not a tuple"; a blank one would mean the folder ".".
-        values = (value,) if isinstance(value, str | Path) else value
-        if not isinstance(values, Sequence):
-            return values
-        if any(isinstance(path, str) and not path.strip() for path in values):
-            raise ValueError(f"paths must not be blank, got {value!r}")
-        return tuple(str(path) if isinstance(path, Path) else path for path in values)
+        return as_paths(value)
 
 
 class TextTask(Task):
@@ -148,21 +144,31 @@ class TextTask(Task):
         """The validation stream, `(N,)` unsigned integers, possibly memory-mapped."""
         return self._streams["validation"].tokens
 
-    def train_batch(self, seed: int, step: int, batch_size: int, device: Device = "cpu") -> Batch:
+    @property
+    def tokenizer_name(self) -> str:
+        """`"bytes"`, or name or folder of a tokenizer of `transformers`."""
+        return self.tokenizer.name
+
+    def train_batch(
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        device: Device = "cpu",
+        rows: range | None = None,
+    ) -> Batch:
         """Return random windows (or packed rows), drawn with replacement.
 
         Row `i` starts at `r_i mod count`, where `r_i` is the `i`-th raw 64-bit output of numpy's
         Philox generator with key (seed, step) and `count` the number of possible starts. Raw
         outputs, unlike numpy's distributions, stay the same from version to version.
         """
-        self.check_train(seed, step, batch_size)
-        generator = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
-        raw = generator.random_raw(batch_size)
+        rows = self.check_train(seed, step, batch_size, rows)
         if self.data.documents == "pack":
-            rows = len(self._packings["train"])
-            return self._packed("train", (raw % np.uint64(rows)).astype(np.int64), device)
+            chosen = drawn(seed, step, batch_size, len(self._packings["train"]))
+            return self._packed("train", chosen[rows.start : rows.stop], device)
         count = len(self.train_tokens) - self.length + 1
-        starts = (raw % np.uint64(count)).astype(np.int64)
+        starts = drawn(seed, step, batch_size, count)[rows.start : rows.stop]
         return _plain(_take(self.train_tokens, starts, self.length), device)
 
     def evaluation_batches(
@@ -177,7 +183,7 @@ class TextTask(Task):
         if self.data.documents == "pack":
             rows = len(self._packings[split])
             count = rows if limit is None else min(limit, rows)
-            chosen = _evenly_spaced(rows - 1, count)
+            chosen = evenly_spaced(rows - 1, count)
             groups = np.split(chosen, range(batch_size, count, batch_size))
             return (self._packed(split, group, device) for group in groups)
         fit = len(self.validation_tokens) // self.length
@@ -263,16 +269,32 @@ def spaced_windows(tokens: Tokens, length: int, count: int) -> Tensor:
     Raises:
         ValueError: `length` or `count` below 1, or fewer tokens than one window.
     """
-    for name, value in (("length", length), ("count", count)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_windows(length, count)
     if len(tokens) < length:
         raise ValueError(
             f"length={length} is more than the {len(tokens)} tokens of text there are; "
             "give more text or a shorter length"
         )
-    starts = _evenly_spaced(len(tokens) - length, count)
+    starts = evenly_spaced(len(tokens) - length, count)
     return torch.from_numpy(_take(tokens, starts, length))
+
+
+def check_windows(length: int, count: int) -> None:
+    """Raise a `ValueError` on a length or a count of windows below 1."""
+    for name, value in (("length", length), ("count", count)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def drawn(seed: int, step: int, count: int, bound: int) -> NDArray[np.int64]:
+    """Return `count` integers in `0 .. bound - 1`, a pure function of the arguments.
+
+    The `i`-th is the `i`-th raw 64-bit output of numpy's Philox generator with key (seed, step),
+    modulo `bound`.
+    """
+    generator = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
+    raw = generator.random_raw(count)
+    return (raw % np.uint64(bound)).astype(np.int64)
 
 
 def _held_apart(train: Corpus, validation: Corpus) -> tuple[list[Document], list[Document]]:
@@ -281,11 +303,6 @@ def _held_apart(train: Corpus, validation: Corpus) -> tuple[list[Document], list
         if document.digest in known:
             raise ValueError(f"validation: {document.name!r} is training text, too")
     return list(train.documents), list(validation.documents)
-
-
-def _evenly_spaced(last: int, count: int) -> NDArray[np.int64]:
-    # `count` integers from 0 to `last`.
-    return np.arange(count) * last // max(1, count - 1)
 
 
 def _take(tokens: Tokens, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:

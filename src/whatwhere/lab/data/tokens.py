@@ -10,18 +10,21 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from whatwhere.lab.data.cutting import can_cut, cut
 from whatwhere.lab.data.sources import Document
 
 Tokens = NDArray[np.unsignedinteger]
 
 _CACHE_FORMAT = 1  # to be raised when the meaning of cached files changes
 _DOCUMENTS_AT_ONCE = 64
+_PARTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class TextTokenizer(ABC):
     def encode(self, documents: Sequence[Document]) -> Iterator[Tokens]:
         """Yield the ids of each document, without the separator."""
 
+    def save(self, folder: Path) -> None:  # noqa: B027 - bytes have no files
+        """Write files from which `transformers` makes the tokenizer again, if there are any."""
+
 
 class ByteTokenizer(TextTokenizer):
     """One token a byte. Byte 0, which no text file holds, separates documents and pads."""
@@ -88,23 +94,45 @@ class PretrainedTokenizer(TextTokenizer):
         self.separator = self._tokenizer.eos_token_id
         padding = (self._tokenizer.pad_token_id, self.separator, 0)
         self.padding = next(token for token in padding if token is not None)
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._backend:  # What its file may ask for would cut texts, or fill them up.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        backend = self._backend
         state = backend.to_str() if backend else json.dumps(sorted(vocabulary.items()))
+        self._cut = bool(backend) and can_cut(state)
         kind = type(self._tokenizer).__name__
         self.fingerprint = hashlib.sha256(f"{kind} {state}".encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self._tokenizer.save_pretrained(folder)
 
     def encode(self, documents: Sequence[Document]) -> Iterator[Tokens]:
         """Yield the ids of each document, without special tokens."""
         for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-            group = documents[first : first + _DOCUMENTS_AT_ONCE]
-            encoded = self._tokenizer(
-                [document.text.decode() for document in group],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,  # it warns of texts beyond the model's length, which get cut here
-            )
-            yield from (np.asarray(ids, dtype=np.uint32) for ids in encoded["input_ids"])
+            texts = [d.text.decode() for d in documents[first : first + _DOCUMENTS_AT_ONCE]]
+            yield from self._encode_fast(texts) if self._backend else self._encode_slow(texts)
+
+    def _encode_fast(self, texts: list[str]) -> Iterator[Tokens]:
+        # As transformers' own call does it, which also finds out where each token was.
+        for text in texts:
+            parts = cut(text) if self._cut else iter((text,))
+            ids: list[int] = []
+            while group := list(islice(parts, _PARTS_AT_ONCE)):
+                for found in self._backend.encode_batch_fast(group, add_special_tokens=False):
+                    ids += found.ids
+            yield np.asarray(ids, dtype=np.uint32)
+
+    def _encode_slow(self, texts: list[str]) -> Iterator[Tokens]:
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # it warns of texts beyond the model's length, which get cut here
+        )
+        yield from (np.asarray(ids, dtype=np.uint32) for ids in encoded["input_ids"])
 
 
 def load_tokenizer(name: str) -> TextTokenizer:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from whatwhere.lab.data.indirect_indexing import IndirectIndexingData
+from whatwhere.lab.data.prepared import TokensData
 from whatwhere.lab.data.text import TextData
 from whatwhere.lab.recipes.schema import (
     EncodingChoice,
@@ -24,6 +25,13 @@ from whatwhere.lab.recipes.schema import (
 
 # What YAML folds to a blank where it stands for itself, as in a file's name; escaped, it is kept.
 _LINE_BREAKS = "\x85\u2028\u2029"
+
+
+_DATA: dict[str, type[BaseModel]] = {
+    "text": TextData,
+    "tokens": TokensData,
+    "indirect-indexing": IndirectIndexingData,
+}
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -99,7 +107,7 @@ def _owner(places: list[str], tag: Any) -> type[BaseModel]:
         case []:
             return Recipe
         case ["data"]:
-            return TextData if tag == "text" else IndirectIndexingData
+            return _DATA[tag]
         case ["model"]:
             return ModelSettings
         case ["training"]:
