@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str, code: int) -> int:
+    if code == INTERRUPTED and os.environ.get("RANK", "0") != "0":
+        return code  # the signal reaches all processes, of which the first one speaks
     print(f"whatwhere: {' '.join(message.split())}", file=sys.stderr)
     return code
 

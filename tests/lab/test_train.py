@@ -68,9 +68,9 @@ class Watched(Task):
         self.inner, self.before = inner, before
         self.vocab_size, self.length, self.splits = inner.vocab_size, inner.length, inner.splits
 
-    def train_batch(self, seed: int, step: int, batch_size: int, device: Any = "cpu") -> Batch:
+    def train_batch(self, seed: int, step: int, *args: Any, **kwargs: Any) -> Batch:
         self.before(step)
-        return self.inner.train_batch(seed, step, batch_size, device)
+        return self.inner.train_batch(seed, step, *args, **kwargs)
 
     def evaluation_batches(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner.evaluation_batches(*args, **kwargs)

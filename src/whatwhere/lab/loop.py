@@ -215,9 +215,9 @@ class _Training:
 
     def _read(self, step: int) -> Batch:
         # This process's rows of a batch.
-        size, rows = self.settings.batch_size, self.parallel.rows(self.settings.batch_size)
-        batch = self.task.train_batch(self.seed, step, size, device=self.accelerator.device)
-        return take_rows(batch, slice(rows.start, rows.stop))
+        size, device = self.settings.batch_size, self.accelerator.device
+        rows = self.parallel.rows(size)
+        return self.task.train_batch(self.seed, step, size, device=device, rows=rows)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         size = len(batch.input_ids) // self.settings.gradient_accumulation_steps

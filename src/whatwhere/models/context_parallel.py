@@ -139,7 +139,7 @@ def check_length(length: int, processes: int) -> None:
         )
 
 
-@torch.compiler.disable  # dynamo knows no process groups
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo knows no process groups
 def _all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     every: Tensor = _AllGather.apply(part, group)
     return every
