@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from whatwhere.lab import storage
 from whatwhere.lab.data import Task, TextTask, TokensTask
+from whatwhere.lab.data.raw import DATA_VARIABLE
 from whatwhere.lab.recipes.schema import EvaluationSettings
 from whatwhere.lab.runs import Run
 
@@ -35,8 +37,22 @@ def check_tasks(settings: EvaluationSettings) -> None:
         raise ValueError(
             "evaluation.tasks: the harness is needed: pip install 'whatwhere[eval]'"
         ) from None
-    if settings.task_data is not None and not Path(settings.task_data).is_dir():
-        raise ValueError(f"evaluation.task_data: {settings.task_data} is no folder")
+    data = task_data(settings)
+    if data is not None and not data.is_dir():
+        raise ValueError(f"evaluation.task_data: {data} is no folder")
+    from whatwhere.lab.harness import running
+
+    try:
+        running.check_data(settings.tasks, data)
+    except ValueError as error:
+        line = str(error).replace("--data", f"--evaluation.task-data or ${DATA_VARIABLE}")
+        raise ValueError(f"evaluation.tasks: {line}") from error
+
+
+def task_data(settings: EvaluationSettings) -> Path | None:
+    """The folder of the tasks' files: the one named, else `$WHATWHERE_DATA`, else the hub."""
+    named = settings.task_data or os.environ.get(DATA_VARIABLE)
+    return Path(named).expanduser() if named else None
 
 
 def task_scores(run: Run, weights: Run, task: Task, model: Any) -> list[Score]:
@@ -89,7 +105,7 @@ def _scores(
     given = Settings(
         model=model,
         tasks=settings.tasks,
-        data=Path(settings.task_data) if settings.task_data else None,
+        data=task_data(settings),
         lengths=lengths,
         limit=settings.task_limit,
         # RULER's prompts are made for lengths beyond the training length.
@@ -101,7 +117,11 @@ def _scores(
     def say(line: str) -> None:
         Console().print(f"{output.parent.name}  {line}", highlight=False, soft_wrap=True)
 
-    return scores_of(running.run(given, say), max((*lengths, train_length)))
+    try:
+        rows = running.run(given, say)
+    except ValueError as error:  # what could be known before training was
+        raise storage.RunError(f"{output.parent}: {error}; its weights are kept") from error
+    return scores_of(rows, max((*lengths, train_length)))
 
 
 def scores_of(rows: pd.DataFrame, length: int) -> list[Score]:

@@ -66,6 +66,27 @@ def run(settings: Settings, say: Callable[[str], None]) -> pd.DataFrame:
             return rows.write(folder)
 
 
+def check_data(tasks: Sequence[str], data: Path | None) -> None:
+    """Check that tasks and their data are there, before there is a model to evaluate.
+
+    Tasks that make their prompts with the model's tokenizer (RULER) are not looked into.
+
+    Args:
+        tasks: Names, patterns, files or folders.
+        data: Folder of local files; `None` is the hub.
+
+    Raises:
+        ValueError: If a task or its data cannot be had, in one line.
+    """
+    read = [name for name in tasks if not name.startswith(GENERATED)]
+    if not read:
+        return
+    with _quiet():
+        catalog = Catalog()
+        for name in catalog.resolve(read):
+            catalog.prepare(name, data)
+
+
 def _prepare(
     catalog: Catalog, names: Sequence[str], settings: Settings, say: Callable[[str], None]
 ) -> list[Prepared]:

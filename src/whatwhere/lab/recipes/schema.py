@@ -186,7 +186,8 @@ class EvaluationSettings(Settings):
         default=(), description="prompt lengths of tasks that make their prompts (RULER)"
     )
     task_data: str | None = Field(
-        default=None, description="folder of the tasks' files; None fetches them from the hub"
+        default=None,
+        description="folder of the tasks' files; None is $WHATWHERE_DATA, else the hub",
     )
     task_limit: int | None = Field(
         default=None, ge=1, description="documents of each task; None is all"
