@@ -53,8 +53,9 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
             assert name in printed and preset in printed
 
 
-@pytest.mark.parametrize("preset", ["quick", "paper"])
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize(
+    ("name", "preset"), [(name, one) for name in recipes.names() for one in recipes.presets(name)]
+)
 def test_a_recipe_is_printed_as_yaml_that_reads_back(
     name: str, preset: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +77,7 @@ def leaves(content: Any, prefix: str = "") -> dict[str, Any]:
 
 def overridable() -> list[str]:
     content = recipes.get("text").model_dump()
-    for key in ("name", "description", "encodings", "paper"):
+    for key in ("name", "preset", "trained_by", "description", "encodings", "ours", "paper"):
         del content[key]
     del content["data"]["task"]
     return list(leaves(content))
@@ -87,6 +88,7 @@ GIVEN = {
     "model.mlp": ["swiglu"],
     "training.precision": ["bf16"],
     "training.compile": ["default"],
+    "training.parallel": ["fsdp"],
     "data.split": ["position"],
     "data.documents": ["pack"],
     "evaluation.yarn": ["finetune"],

@@ -1,5 +1,5 @@
-"""The command line: `whatwhere recipes | compare | train | evaluate | extrapolate | report |
-bench | convert | finetune | data`.
+"""The command line: `whatwhere recipes | data | compare | train | plan | evaluate | extrapolate |
+needles | report | results | bench | convert | finetune`.
 
 A mistake of the user is one line on standard error and exit code 2; something from outside that
 stopped the work (a full disk, another process in the folder) is one line and exit code 1; Ctrl-C
@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str, code: int) -> int:
+    if code == INTERRUPTED and os.environ.get("RANK", "0") != "0":
+        return code  # the signal reaches all processes, of which the first one speaks
     print(f"whatwhere: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -60,6 +60,12 @@ OTHER: dict[str, dict[str, Any]] = {
     },
 }
 
+# A valid value other than that of the tiny recipe, for the fields that only say how.
+HOW: dict[str, dict[str, Any]] = {
+    "model": {},
+    "training": {"parallel": "fsdp", "context_parallel": 2, "activation_checkpointing": True},
+}
+
 
 def planned(
     folder: Path, made: Recipe | None = None, label: str = "pope", seed: int = 0
@@ -71,7 +77,17 @@ def planned(
     ("part", "settings"), [("model", ModelSettings), ("training", TrainingSettings)]
 )
 def test_every_field_is_in_the_table_of_other_values(part: str, settings: type[BaseModel]) -> None:
-    assert OTHER[part].keys() == settings.model_fields.keys()
+    assert OTHER[part].keys() | set(HOW[part]) == settings.model_fields.keys()
+
+
+def test_how_a_run_is_computed_does_not_count(tmp_path: Path) -> None:
+    made = recipe("a.txt", training=HOW["training"])
+    marks = {
+        runs.fingerprint(planned(tmp_path, one).config, DESCRIPTION)
+        for one in (made, recipe("a.txt"))
+    }
+    assert len(marks) == 1 and made != recipe("a.txt")
+    assert set(HOW["training"]) == set(runs.HOW_IT_IS_COMPUTED)
 
 
 @pytest.mark.parametrize(

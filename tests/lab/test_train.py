@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import indirect, recipe, text
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 import whatwhere as ww
 from whatwhere.lab import runs, storage
@@ -67,9 +68,9 @@ class Watched(Task):
         self.inner, self.before = inner, before
         self.vocab_size, self.length, self.splits = inner.vocab_size, inner.length, inner.splits
 
-    def train_batch(self, seed: int, step: int, batch_size: int, device: Any = "cpu") -> Batch:
+    def train_batch(self, seed: int, step: int, *args: Any, **kwargs: Any) -> Batch:
         self.before(step)
-        return self.inner.train_batch(seed, step, batch_size, device)
+        return self.inner.train_batch(seed, step, *args, **kwargs)
 
     def evaluation_batches(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner.evaluation_batches(*args, **kwargs)
@@ -363,17 +364,15 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(
     run, task = start(made, tmp_path / "runs")
     whole, _ = start(made, tmp_path / "whole")
     train(whole, task)
-    real = torch.save
+    real = FileSystem.create_stream
 
-    def full(*args: Any, **kwargs: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
         if list(run.checkpoints.glob("step-*")):  # there is room for one
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8")
-        real(*args, **kwargs)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
 
-    usage = type("usage", (), {"free": 0})
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        patch.setattr("shutil.disk_usage", lambda path: usage)
+        patch.setattr(FileSystem, "create_stream", full)
         with pytest.raises(storage.DiskFullError, match="no space left") as caught:
             train(run, task)
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 import whatwhere as ww
 from whatwhere.lab import runs, storage
-from whatwhere.lab.data import Batch, Task, TextTask
+from whatwhere.lab.data import Batch, IndirectIndexingTask, Task
 from whatwhere.lab.data.base import IGNORED
 from whatwhere.lab.pretrained import Source
+from whatwhere.lab.reading import Reading
 from whatwhere.lab.runs import Run
+from whatwhere.lab.task_scores import task_scores
 
 # Bounds of one forward pass: tokens, and numbers in its logits (512 MiB in float32).
 MAX_TOKENS = 16384
@@ -65,21 +68,35 @@ def mean_loss(
         ValueError: If no token is labelled.
     """
     device = _device(model)
-    loss, correct, count = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     training = model.training
     model.eval()
     for batch in batches:
         logits = _logits(model, batch.input_ids.to(device), precision, batch.segment_ids)
-        targets = batch.labels.to(device)[:, 1:]
-        labelled = targets != IGNORED
-        chosen, targets = logits[:, :-1][labelled], targets[labelled]
-        loss += F.cross_entropy(chosen.float(), targets, reduction="sum").double()
-        correct += (chosen.argmax(-1) == targets).sum()
-        count += len(targets)
+        sums += loss_sums(logits[:, :-1], batch.labels.to(device)[:, 1:])
     model.train(training)
-    if not count.item():
+    return means(sums)
+
+
+def loss_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of losses in nats, correct guesses and number of labelled targets: ``(3,)`` float64."""
+    labelled = targets != IGNORED
+    chosen, targets = logits[labelled], targets[labelled]
+    loss = F.cross_entropy(chosen.float(), targets, reduction="sum").double()
+    correct = (chosen.argmax(-1) == targets).sum()
+    return torch.stack((loss, correct.double(), loss.new_tensor(len(targets))))
+
+
+def means(sums: Tensor) -> tuple[float, float]:
+    """Loss and accuracy from what `loss_sums` gave, summed.
+
+    Raises:
+        ValueError: If no token is labelled.
+    """
+    loss, correct, count = sums.tolist()
+    if not count:
         raise ValueError("no labelled token to evaluate on")
-    return (loss / count).item(), (correct / count).item()
+    return loss / count, correct / count
 
 
 @torch.inference_mode()
@@ -128,50 +145,63 @@ def load_model(folder: Path) -> Any:
     return Source(str(folder)).load_model().to(best_device())
 
 
-def evaluate(run: Run, task: Task, source: Run | None = None) -> list[str]:
+def evaluate(
+    run: Run, task: Task, source: Run | None = None, reading: Reading | None = None
+) -> list[str]:
     """Measure a trained run and write its `results.csv`.
 
     Args:
         run: The run.
         task: Its data.
-        source: For YaRN without fine-tuning, the rope run whose weights it is; YaRN's factor is
-            then `length / training length` (at least 1) at each length, as in the RoPE-ID paper
+        source: The run whose weights it borrows. For YaRN a rope run: YaRN's factor is then
+            `length / training length` (at least 1) at each length, as in the RoPE-ID paper
             (arXiv 2603.18017).
+        reading: The text that the loss at each length is measured on.
 
     Returns:
         Notes on what could not be measured.
     """
-    model = load_model((source or run).model).eval()
+    weights = source or run
+    model = load_model(weights.model).eval()
     options = dict(run.config.encoding.options)
+    stretched = source is not None and run.config.encoding.name == "yarn"
 
     def prepare(length: int) -> None:
-        if source:
+        if stretched:
             factor = max(1.0, length / task.length)
             model.set_position_encoding(run.config.encoding.name, **options, factor=factor)
 
     settings = run.config.evaluation
-    values: list[tuple[str, int, float]] = []
     notes: list[str] = []
-    precision = run.config.training.precision
     prepare(task.length)
-    for split in task.splits:
-        batches = task.evaluation_batches(
-            split, rows_for(task.length, task.vocab_size), settings.examples
-        )
-        loss, accuracy = mean_loss(model, batches, precision)
-        values.append((f"{split}_loss", task.length, loss))
-        if task.accuracy:
-            # The last split of a task is the one its papers report on.
-            name = "accuracy" if split == task.splits[-1] else f"{split}_accuracy"
-            values.append((name, task.length, accuracy))
-    if isinstance(task, TextTask):
-        losses, notes = _length_losses(run, model, task, prepare)
+    values = _split_losses(run, model, task)
+    if reading is not None and settings.lengths:
+        losses, notes = _length_losses(run, model, reading, prepare)
         values += [("loss", found.length, found.loss) for found in losses]
         if losses:
             write_positions(run.positions, max(losses, key=lambda found: found.length))
+        storage.write_json(run.folder / "reading.json", reading.describe())
     values += _costs(run, model, task)
+    values += task_scores(run, weights, task, model)
     storage.write_rows(run.results, run.rows(values), runs.COLUMNS)
     return notes
+
+
+def _split_losses(run: Run, model: Any, task: Task) -> list[tuple[str, int, float]]:
+    values = []
+    for split in task.splits:
+        batches = task.evaluation_batches(
+            split, rows_for(task.length, task.vocab_size), run.config.evaluation.examples
+        )
+        loss, accuracy = mean_loss(model, batches, run.config.training.precision)
+        values.append((f"{split}_loss", task.length, loss))
+        # The last split of a task is the one its papers report on.
+        last = split == task.splits[-1]
+        if task.accuracy:
+            values.append(("accuracy" if last else f"{split}_accuracy", task.length, accuracy))
+        if last and not isinstance(task, IndirectIndexingTask):
+            values.append(("perplexity", task.length, math.exp(min(loss, 700.0))))
+    return values
 
 
 def write_positions(path: Path, found: LengthLoss) -> None:
@@ -182,7 +212,7 @@ def write_positions(path: Path, found: LengthLoss) -> None:
 
 
 def _length_losses(
-    run: Run, model: Any, task: TextTask, prepare: Callable[[int], None]
+    run: Run, model: Any, reading: Reading, prepare: Callable[[int], None]
 ) -> tuple[list[LengthLoss], list[str]]:
     settings = run.config.evaluation
     limit = longest(model)
@@ -192,7 +222,7 @@ def _length_losses(
             notes.append(f"no loss at {length}: its table of positions ends at {limit}")
             continue
         prepare(length)
-        windows = task.windows(length, max(1, settings.tokens // length))
+        windows = reading.windows(length, max(1, settings.tokens // length))
         losses.append(length_loss(model, windows, run.config.training.precision))
     return losses, notes
 

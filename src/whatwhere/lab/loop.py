@@ -7,7 +7,6 @@ an exact resumption is weights, optimizer, random numbers and a few counts.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import time
@@ -16,22 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import whatwhere as ww
-from whatwhere.lab import storage
+from whatwhere.lab import checkpoint, storage
 from whatwhere.lab.console import display
-from whatwhere.lab.data import IGNORED, Batch, Task
-from whatwhere.lab.evaluate import mean_loss, rows_for
+from whatwhere.lab.data import Batch, Task
+from whatwhere.lab.evaluate import loss_sums, means, rows_for
+from whatwhere.lab.parallel import Parallel, Share, take_rows
 from whatwhere.lab.process import deterministic, stop_signal
 from whatwhere.lab.progress import Progress
 from whatwhere.lab.recipes.schema import TrainingSettings
 from whatwhere.lab.runs import RunFolder
-
-# It warns at each checkpoint that tied weights are saved once.
-logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 Save = Callable[[Any, Path, dict[str, Tensor]], None]
 
@@ -136,31 +133,25 @@ class _Training:
         self.save_model = save
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self.accelerator = Accelerator(
-            mixed_precision=settings.precision,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            log_with="tensorboard",
-            project_dir=place.folder,
-        )
-        self._check_batch_size()
+        self.parallel = Parallel(settings, task.length, place.folder)
+        self.accelerator = self.parallel.accelerator
         model.train()
-        self.encodings = [m for m in model.modules() if isinstance(m, ww.Encoding)]
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings.weight_decay, delta_rate),
+        self.model = self.parallel.prepare(model)
+        self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+        self.encodings = [m for m in self.bare.modules() if isinstance(m, ww.Encoding)]
+        # After the model is sharded, of whose parts it keeps the moments.
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.bare, settings.weight_decay, delta_rate),
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             fused=self.accelerator.device.type == "cuda",
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        # Compiled beside the model, not in its place: checkpoints keep plain names, and
-        # validation on batches of another size compiles nothing.
-        self.forward = self.model
-        if settings.compile != "no":
-            self.forward = torch.compile(self.model, mode=settings.compile)
+        self.forward = self.parallel.compiled(self.model)
         self.progress = Progress()
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.started = 0.0
-        set_seed(seed)
+        # Of dropout, unlike in every process; those of the first are those of a single one.
+        set_seed(seed, device_specific=True)
 
     def go(self, stopped: Callable[[], bool]) -> None:
         self._resume()
@@ -196,65 +187,57 @@ class _Training:
         return step == self.settings.steps or any(step % period == 0 for period in periods)
 
     def _step(self) -> None:
-        step, accelerator = self.progress.step, self.accelerator
+        step, settings, parallel = self.progress.step, self.settings, self.parallel
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.settings) * group.get("rate", 1.0)
-        batch = self.task.train_batch(
-            self.seed, step, self.settings.batch_size, device=accelerator.device
-        )
-        total, norm = torch.zeros((), device=accelerator.device), torch.zeros(())
-        parts = self._parts(batch)
-        for part in parts:
-            with accelerator.accumulate(self.model):
-                # Parts may hold different numbers of targets: weighted so, they add up to the
-                # mean over all targets of the batch, however many parts and processes.
-                share = _targets(part) / _targets(batch) * accelerator.num_processes
-                loss = self._loss(part) * share
-                accelerator.backward(loss * len(parts))  # it divides by the number of parts
-                total += loss.detach()
-                if accelerator.sync_gradients:
-                    parameters = self.model.parameters()
-                    norm = accelerator.clip_grad_norm_(parameters, self.settings.grad_clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+            group["lr"] = learning_rate(step, settings) * group.get("rate", 1.0)
+        batch = self._read(step)
+        shares = [parallel.share(part) for part in self._parts(batch)]
+        targets = parallel.sum(torch.stack([share.count() for share in shares]).sum())
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, share in enumerate(shares):
+            with parallel.synchronising(self.model, last=index == len(shares) - 1):
+                # Sums over all targets of the whole batch, so that shares of unlike numbers of
+                # targets add up to its mean, however many parts and processes.
+                loss = self._loss(share, targets)
+                # Gradients are the mean over processes, of which each has a share of the sum.
+                (loss * self.accelerator.num_processes).backward()
+            total += loss.detach()
+        norm = self.accelerator.clip_grad_norm_(self.bare.parameters(), settings.grad_clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         for encoding in self.encodings:
             encoding.project_()
         self.pending.append((total, norm))
         self.progress.step += 1
-        self.progress.tokens += batch.input_ids.numel()
+        self.progress.tokens += batch.input_ids.numel() * parallel.replicas
 
-    def _loss(self, part: Batch) -> Tensor:
-        if self.settings.compile == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-        more = {} if part.segment_ids is None else {"segment_ids": part.segment_ids}
-        output = self.forward(
-            input_ids=part.input_ids, labels=part.labels, use_cache=False, **more
-        )
-        loss: Tensor = output.loss
-        return loss
+    def _read(self, step: int) -> Batch:
+        # This process's rows of a batch.
+        size, device = self.settings.batch_size, self.accelerator.device
+        rows = self.parallel.rows(size)
+        return self.task.train_batch(self.seed, step, size, device=device, rows=rows)
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        # The rows of this process, in as many parts as gradients are accumulated over.
-        parts, processes = (
-            self.settings.gradient_accumulation_steps,
-            self.accelerator.num_processes,
-        )
-        size = self.settings.batch_size // (parts * processes)
-        first = self.accelerator.process_index * parts * size
+        size = len(batch.input_ids) // self.settings.gradient_accumulation_steps
+        starts = range(0, len(batch.input_ids), size)
+        return [take_rows(batch, slice(start, start + size)) for start in starts]
 
-        def rows(start: int) -> Batch:
-            place = slice(start, start + size)
-            segments = None if batch.segment_ids is None else batch.segment_ids[place]
-            return Batch(batch.input_ids[place], batch.labels[place], segments)
-
-        return [rows(first + part * size) for part in range(parts)]
+    def _loss(self, share: Share, targets: Tensor) -> Tensor:
+        if self.settings.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        shifted = {"labels": share.targets, "shift_labels": share.targets}
+        output = self.forward(**share.inputs, **shifted, num_items_in_batch=targets)
+        loss: Tensor = output.loss
+        return loss
 
     def _settle(self) -> None:
         # Losses stay on the device until they are needed, so that no step waits for them.
         if self.pending:
             losses = torch.stack([loss.float() for loss, _ in self.pending])
             norms = torch.stack([norm.float() for _, norm in self.pending])
-            losses = self.accelerator.reduce(losses, "mean")
+            losses = self.parallel.sum(losses)
             for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True):
                 self.progress.add(loss, norm)
             self.pending = []
@@ -262,15 +245,26 @@ class _Training:
         self.progress.seconds += now - self.started
         self.started = now
 
+    @torch.no_grad()
+    def _validate(self) -> tuple[float, float]:
+        parallel, task = self.parallel, self.task
+        size = rows_for(task.length, task.vocab_size) * parallel.replicas
+        sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        self.model.eval()
+        for batch in task.evaluation_batches(
+            "validation", size, self.settings.validation_sequences
+        ):
+            share = parallel.share_whole(batch)
+            sums += loss_sums(self.model(**share.inputs).logits, share.targets)
+        self.model.train()
+        parallel.reshard(self.model)
+        return means(parallel.sum(sums))
+
     def _log(self) -> dict[str, Any]:
         self._settle()
         row = self.progress.row(learning_rate(self.progress.step - 1, self.settings))
         if self._due(self.settings.validate_every):
-            size = rows_for(self.task.length, self.task.vocab_size)
-            batches = self.task.evaluation_batches(
-                "validation", size, self.settings.validation_sequences
-            )
-            loss, accuracy = mean_loss(self.model, batches)
+            loss, accuracy = self._validate()
             row["validation_loss"] = loss
             if self.task.accuracy:
                 row["validation_accuracy"] = accuracy
@@ -296,7 +290,7 @@ class _Training:
                     shutil.rmtree(temporary, ignore_errors=True)
                     temporary.mkdir(parents=True)
                 accelerator.wait_for_everyone()
-                accelerator.save_state(str(temporary))
+                checkpoint.save(temporary, self.bare, self.optimizer, accelerator.process_index)
                 accelerator.wait_for_everyone()
                 if main:
                     storage.write_json(temporary / "progress.json", self.progress.to_dict())
@@ -312,10 +306,13 @@ class _Training:
         self.started = time.perf_counter()
 
     def _resume(self) -> None:
+        self.accelerator.wait_for_everyone()  # the main process may still be at the last run
         found = sorted(self.place.checkpoints.glob("step-*"))
         if found:
-            self.accelerator.load_state(str(found[-1]))
             self.progress = Progress(**storage.read_json(found[-1] / "progress.json"))
+            seed = [self.seed, self.progress.step]
+            rank = self.accelerator.process_index
+            checkpoint.load(found[-1], self.bare, self.optimizer, rank, seed)
         step = self.progress.step
         if self.accelerator.is_main_process:
             kept = [row for row in storage.read_log(self.place.log) if row["step"] <= step]
@@ -324,42 +321,26 @@ class _Training:
         self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
 
     def _finish(self) -> None:
-        accelerator = self.accelerator
-        weights = accelerator.get_state_dict(self.model)
-        if accelerator.is_main_process:
-            self._write(weights)
-        accelerator.wait_for_everyone()
+        model, weights = self.parallel.whole(self.model)
+        if self.accelerator.is_main_process:
+            self._write(model, weights)
+        self.accelerator.wait_for_everyone()
 
-    def _write(self, weights: dict[str, Tensor]) -> None:
-        accelerator, progress = self.accelerator, self.progress
+    def _write(self, model: Any, weights: dict[str, Tensor]) -> None:
+        progress = self.progress
         shutil.rmtree(self.place.model, ignore_errors=True)  # of a kill between here and done.json
         with storage.new_folder(self.place.model) as folder:
-            self.save_model(accelerator.unwrap_model(self.model), folder, weights)
+            self.save_model(model, folder, weights)
         done = {
             "steps": progress.step,
             "tokens": progress.tokens,
             "seconds": round(progress.seconds, 3),
             "spikes": progress.spikes,
             "grad_norm_max": progress.grad_norm_max,
-            "peak_memory_bytes": _peak_memory(accelerator.device),
+            "peak_memory_bytes": _peak_memory(self.accelerator.device),
         }
         storage.write_json(self.place.done, done)
         shutil.rmtree(self.place.checkpoints, ignore_errors=True)
-
-    def _check_batch_size(self) -> None:
-        parts, processes = (
-            self.settings.gradient_accumulation_steps,
-            self.accelerator.num_processes,
-        )
-        if self.settings.batch_size % (parts * processes):
-            raise ValueError(
-                f"batch_size={self.settings.batch_size} does not divide among {processes} "
-                f"processes with gradient_accumulation_steps={parts}"
-            )
-
-
-def _targets(batch: Batch) -> Tensor:
-    return (batch.labels[:, 1:] != IGNORED).sum()
 
 
 def _peak_memory(device: torch.device) -> int | None:

@@ -7,14 +7,63 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+
+LONGEST_WAIT = timedelta(days=1)
+"""How long processes wait for one another: the first one prepares data and evaluates meanwhile.
+
+A process that dies is no matter of waiting: its launcher ends the others at once.
+"""
 
 
 def is_main_process() -> bool:
     """Whether this process writes and speaks: the only one, or the first that `torchrun` made."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def process_count() -> int:
+    """Processes that `torchrun` or `accelerate launch` started, 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_cpu() -> bool:
+    """Whether several processes train on the CPU, which accelerate wants to be told."""
+    return process_count() > 1 and not torch.cuda.is_available()
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Let the main process do something before the others do it too, e.g. prepare data.
+
+    If it fails there, it says why, and the others end without a word.
+    """
+    if process_count() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    PartialState(cpu=on_cpu(), timeout=LONGEST_WAIT)
+    if not is_main_process():
+        if not _shared(False):
+            raise SystemExit(1)
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        _shared(False)
+        raise
+    _shared(True)
+
+
+def _shared(fine: bool) -> bool:
+    # What the main process says, in all processes.
+    said = [fine]
+    torch.distributed.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 @contextmanager

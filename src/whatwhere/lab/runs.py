@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from whatwhere.lab.environment import surroundings
 from whatwhere.lab.recipes.schema import (
+    LABEL,
     Data,
     EncodingChoice,
     EvaluationSettings,
@@ -27,6 +29,9 @@ from whatwhere.lab.recipes.schema import (
     TrainingSettings,
 )
 from whatwhere.lab.storage import read_json, write_json, write_text
+
+HOW_IT_IS_COMPUTED = ("parallel", "context_parallel", "activation_checkpointing")
+"""Training settings that change results by rounding alone: a run may go on with others."""
 
 COLUMNS = ["encoding", "seed", "metric", "length", "value"]
 """Columns of every results.csv."""
@@ -120,12 +125,15 @@ def plan(recipe: Recipe, label: str, seed: int, folder: Path) -> Run:
     if training.precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "no"
         training = training.model_copy(update={"precision": precision})
+    choice, model = recipe.encodings[label], recipe.model
+    if choice.qk_norm is not None:
+        model = model.model_copy(update={"qk_norm": choice.qk_norm})
     config = RunConfig(
         label=label,
-        encoding=recipe.encodings[label],
+        encoding=choice,
         seed=seed,
         data=recipe.data,
-        model=recipe.model,
+        model=model,
         training=training,
         evaluation=recipe.evaluation,
     )
@@ -172,8 +180,10 @@ def check(run: Run, data: dict[str, Any], source: Run | None = None) -> dict[str
     return found
 
 
-def claim(run: Run, data: dict[str, Any], source: Run | None = None) -> None:
+def claim(run: Run, data: dict[str, Any], source: Run | None = None, how: str = "train") -> None:
     """Make a run's folder its own, or check that it is; arguments and errors as for `check`.
+
+    `how` it gets its weights is recorded: trained, fine-tuned from the source, or borrowed.
 
     A folder whose evaluation settings alone differ keeps its weights and loses its results, which
     are then measured again.
@@ -185,7 +195,9 @@ def claim(run: Run, data: dict[str, Any], source: Run | None = None) -> None:
             "fingerprint": _mark(run, data, source),
             "config": config,
             "data": data,
+            "how": how,
             "source": source.folder.name if source else None,
+            "source_comparison": _elsewhere(run, source),
             **surroundings(),
         }
         write_json(run.record, record)
@@ -219,6 +231,25 @@ def load_run(folder: Path) -> Run:
     return Run(folder, RunConfig.model_validate(load_record(folder)["config"]))
 
 
+def source_folder(folder: Path, record: dict[str, Any]) -> Path | None:
+    """The folder of the run that a record's weights come from.
+
+    It lies beside the run, or in a comparison beside that of the run.
+
+    Raises:
+        ValueError: If the record names any other place.
+    """
+    source: str | None = record["source"]
+    comparison: str | None = record.get("source_comparison")
+    if source is None:
+        return None
+    for name in filter(None, (source, comparison)):
+        if not re.fullmatch(LABEL, name):
+            raise ValueError(f"{folder / 'run.json'}: source {name!r} is no name of a folder")
+    place = folder.absolute().parent
+    return place.parent / comparison / source if comparison else folder.parent / source
+
+
 def merge_results(folder: Path, runs: Iterable[Run]) -> pd.DataFrame:
     """Write `results.csv` of a folder from those of its evaluated runs, in their order."""
     tables = [pd.read_csv(run.results, dtype={"encoding": str}) for run in runs if run.evaluated]
@@ -238,6 +269,13 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return found
 
 
+def _elsewhere(run: Run, source: Run | None) -> str | None:
+    # The comparison that a source belongs to, unless it is the run's own.
+    if source is None or source.folder.parent == run.folder.parent:
+        return None
+    return source.folder.absolute().parent.name
+
+
 def _mark(run: Run, data: dict[str, Any], source: Run | None) -> str:
     return fingerprint(run.config, data, fingerprint(source.config, data) if source else "")
 
@@ -245,6 +283,11 @@ def _mark(run: Run, data: dict[str, Any], source: Run | None) -> str:
 def _identity(config: RunConfig) -> dict[str, Any]:
     dumped = config.model_dump(mode="json", exclude={"evaluation", "label"})
     dumped["data"].pop("paths", None)
+    for key in HOW_IT_IS_COMPUTED:
+        dumped["training"].pop(key)
+    # Settings that say nothing are left out: fingerprints outlive new ones.
+    encoding = dumped["encoding"]
+    dumped["encoding"] = {key: value for key, value in encoding.items() if value is not None}
     return dumped
 
 

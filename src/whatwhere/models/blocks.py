@@ -59,6 +59,19 @@ class WhatWhereAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: Cache | None
     ) -> Tensor:
         spec = self.encoding(q.device)
+        if layout.context is not None:
+            # Positions that restart matter to a length temperature alone: see `Layout.at`.
+            restarting = spec.temperature_length is not None
+            return layout.context.attend(
+                q,
+                k,
+                v,
+                spec,
+                positions=layout.key_positions if restarting else None,
+                segments=layout.segments,
+                window=self.config.sliding_window,
+                backend=self.config.attention_backend,
+            )
         query_positions, key_positions = layout.at(spec)
         if cache is not None:
             if choose_form(self.config.cache_form, spec, q.device)[0] == "encoded":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from whatwhere.models.context_parallel import ContextShard
 from whatwhere.spec import ScoreSpec
 
 
@@ -22,6 +23,8 @@ class Layout:
         key_mask: ``(B, S)`` bool, ``None`` without padding.
         segments: ``(B, T)`` documents of a packed batch, or ``None``.
         fresh: Whether the new tokens are all there is, so that a cache adds nothing.
+        context: Which positions of the sequence these are, if processes share it; segments and
+            key positions then are those of the whole sequence.
     """
 
     positions: Tensor
@@ -30,6 +33,7 @@ class Layout:
     key_mask: Tensor | None = None
     segments: Tensor | None = None
     fresh: bool = True
+    context: ContextShard | None = None
 
     def to(self, device: torch.device) -> Layout:
         """On another device, for models whose layers lie on several."""
@@ -44,6 +48,7 @@ class Layout:
             key_mask=moved(self.key_mask),
             segments=moved(self.segments),
             fresh=self.fresh,
+            context=self.context,
         )
 
     def at(self, spec: ScoreSpec) -> tuple[Tensor | None, Tensor | None]:
@@ -57,6 +62,46 @@ class Layout:
         if packed and spec.temperature_length is not None:
             return self.positions, self.positions
         return self.query_positions, self.key_positions
+
+
+def lay_out_shared(
+    context: ContextShard,
+    batch: int,
+    length: int,
+    device: torch.device,
+    segment_ids: Tensor | None = None,
+    **given: object,
+) -> Layout:
+    """The `Layout` of one process's positions of sequences that several share.
+
+    Args:
+        context: Which positions these are.
+        batch: ``B``.
+        length: ``T / C``, tokens of this process.
+        device: Where they lie.
+        segment_ids: ``(B, T)`` documents of whole sequences.
+        **given: What cannot be given together with ``context``.
+
+    Raises:
+        ValueError: If something of that is given, or a shape does not fit.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} together with context: shared sequences take none")
+    if length != context.length // context.group.size():
+        raise ValueError(
+            f"input_ids has {length} positions: expected {context.length // context.group.size()} "
+            f"of the {context.length} that {context.group.size()} processes share"
+        )
+    index = torch.arange(context.length, device=device)
+    if segment_ids is None:
+        return Layout(context.take(index), context=context)
+    _check(segment_ids, "segment_ids", ((batch, context.length),))
+    segment_ids = segment_ids.to(device)
+    positions = _within(segment_ids)
+    return Layout(
+        context.take(positions), key_positions=positions, segments=segment_ids, context=context
+    )
 
 
 def lay_out(

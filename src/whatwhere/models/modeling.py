@@ -23,12 +23,13 @@ from whatwhere.models.blocks import ResidualLinear, WhatWhereBlock
 from whatwhere.models.cache import LayerCache, report_layer
 from whatwhere.models.checkpoints import Checkpoints, Shim
 from whatwhere.models.configuration import WhatWhereConfig
+from whatwhere.models.context_parallel import ContextShard
 from whatwhere.models.layer_encodings import (
     make_absolute_encoding,
     own_randomness,
     swap_encodings,
 )
-from whatwhere.models.layout import lay_out
+from whatwhere.models.layout import lay_out, lay_out_shared
 
 
 class WhatWherePreTrainedModel(Checkpoints, PreTrainedModel):
@@ -92,6 +93,7 @@ class WhatWhereModel(WhatWherePreTrainedModel):
         use_cache: bool | None = None,
         segment_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        context: ContextShard | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the new tokens.
@@ -112,6 +114,9 @@ class WhatWhereModel(WhatWherePreTrainedModel):
             segment_ids: ``(B, T)`` integers, the document of each token of a packed batch.
                 Documents do not see one another, and positions start anew in each.
             output_hidden_states: Whether to return the embeddings and every layer's output.
+            context: Which positions of longer sequences these are, which several processes
+                share; ``input_ids`` then is ``context.take(whole)``, and ``segment_ids`` is that
+                of whole sequences. Masks, position ids and caches cannot be given with it.
             **kwargs: Ignored, except ``output_attentions``, which is refused.
 
         Raises:
@@ -127,14 +132,15 @@ class WhatWhereModel(WhatWherePreTrainedModel):
             )
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values = self._cache(past_key_values, use_cache)
-        layout = lay_out(
-            hidden.shape[0],
-            hidden.shape[1],
-            hidden.device,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            segment_ids=segment_ids,
-            past_key_values=past_key_values,
+        given: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "segment_ids": segment_ids,
+            "past_key_values": past_key_values,
+        }
+        size = (hidden.shape[0], hidden.shape[1], hidden.device)
+        layout = (
+            lay_out(*size, **given) if context is None else lay_out_shared(context, *size, **given)
         )
         added = None if self.absolute is None else self.absolute.embed(layout.positions)
         if added is not None:
@@ -263,6 +269,7 @@ class WhatWhereForCausalLM(WhatWherePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         segment_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        context: ContextShard | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits ``(B, T, vocab_size)`` and, with labels, the mean loss in nats per token.
@@ -279,7 +286,9 @@ class WhatWhereForCausalLM(WhatWherePreTrainedModel, GenerationMixin):
                 tokens at these indices. With labels, all are needed.
             segment_ids: See there.
             output_hidden_states: See there.
-            **kwargs: For the loss of transformers (``num_items_in_batch``).
+            context: See there. Labels must then be shifted before they are divided: give them
+                as ``labels`` and as ``shift_labels``.
+            **kwargs: For the loss of transformers (``num_items_in_batch``, ``shift_labels``).
 
         Raises:
             ValueError: If arguments do not fit one another.
@@ -293,6 +302,7 @@ class WhatWhereForCausalLM(WhatWherePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             segment_ids=segment_ids,
             output_hidden_states=output_hidden_states,
+            context=context,
             return_dict=True,
             output_attentions=kwargs.pop("output_attentions", None),
         )
@@ -300,6 +310,8 @@ class WhatWhereForCausalLM(WhatWherePreTrainedModel, GenerationMixin):
         rows = slice(-keep, None) if isinstance(keep, int) else keep
         logits = self.lm_head(out.last_hidden_state[:, rows])
         loss = None
+        if labels is not None and context is not None and "shift_labels" not in kwargs:
+            raise ValueError("labels together with context: expected shift_labels too")
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs

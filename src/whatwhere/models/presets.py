@@ -2,7 +2,7 @@
 
 Sources: PoPE, arXiv 2509.10534, for ``indirect-indexing``, ``124m``, ``253m``, ``774m``, ``jsb``,
 ``maestro``, ``genome``; RoPE-ID, arXiv 2603.18017, for ``llama-1b`` and ``llama-3b``; partial
-RoPE, arXiv 2603.11611, for ``llama-1b`` and ``pythia-1b``.
+RoPE, arXiv 2603.11611, for ``llama-1b``, ``llama-8b`` and ``pythia-1b``.
 """
 
 from __future__ import annotations
@@ -44,14 +44,16 @@ def _openwebtext(width: int, heads: int, layers: int) -> Preset:
     )
 
 
-def _llama(width: int, heads: int, layers: int, head_dim: int, note: str) -> Preset:
+def _llama(
+    width: int, heads: int, layers: int, head_dim: int, note: str, inner: int = 8192
+) -> Preset:
     shape = _decoder(
         width,
         heads,
         layers,
         head_dim=head_dim,
         num_key_value_heads=8,
-        intermediate_size=8192,
+        intermediate_size=inner,
         mlp="swiglu",
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -101,6 +103,14 @@ PRESETS: dict[str, Preset] = {
         128,
         "RoPE-ID's larger model. The paper says 3B and Llama style; layers, widths and heads are "
         "those of Llama 3.2 3B, and that embeddings are untied follows llama-1b: it is left open.",
+    ),
+    "llama-8b": _llama(
+        4096,
+        32,
+        32,
+        128,
+        "Partial RoPE paper's largest model, the shape of Llama 3 8B.",
+        inner=14336,
     ),
     "pythia-1b": Preset(
         _decoder(

@@ -144,6 +144,11 @@ class TextTask(Task):
         """The validation stream, `(N,)` unsigned integers, possibly memory-mapped."""
         return self._streams["validation"].tokens
 
+    @property
+    def tokenizer_name(self) -> str:
+        """`"bytes"`, or name or folder of a tokenizer of `transformers`."""
+        return self.tokenizer.name
+
     def train_batch(
         self,
         seed: int,

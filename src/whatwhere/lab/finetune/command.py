@@ -12,7 +12,7 @@ from rich.table import Table
 
 from whatwhere.lab.errors import user_errors
 from whatwhere.lab.finetune.settings import TuningSettings
-from whatwhere.lab.process import is_main_process
+from whatwhere.lab.process import is_main_process, main_process_first
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ class Finetune:
         """Fine-tune."""
         from whatwhere.lab.finetune.tuning import finetune, prepare
 
-        with user_errors():
+        with user_errors(), main_process_first():
             tuning = prepare(self.folder, self.text, self.output, self.settings, self.validation)
             model = None if tuning.trained else tuning.load_model()
         if is_main_process():

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from whatwhere.lab import runs, storage
+from whatwhere.lab import parallel, runs, storage
 from whatwhere.lab.data import TextData, TextTask
 from whatwhere.lab.environment import surroundings
 from whatwhere.lab.evaluate import best_device, length_loss, longest
@@ -127,6 +127,7 @@ def prepare(
         raise ValueError(f"length={length} is beyond the model's table of positions ({limit})")
     lengths, notes = _lengths(subject.train_length, length, task, settings, limit)
     training = settings.training(length, config.vocab_size)
+    parallel.check(training, length)
     names = getattr(config, "position_encoding", None) or config.model_type
     encoding = names if isinstance(names, str) else "+".join(dict.fromkeys(names))
     made = Tuning(

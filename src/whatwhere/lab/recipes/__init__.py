@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from whatwhere.lab.recipes import indirect_indexing, text
+from whatwhere.lab.recipes import (
+    books,
+    genome,
+    indirect_indexing,
+    music,
+    openwebtext,
+    partial_rope,
+    rope_id,
+    text,
+)
 from whatwhere.lab.recipes.files import from_yaml, to_yaml
 from whatwhere.lab.recipes.schema import (
     EncodingChoice,
@@ -24,7 +33,14 @@ from whatwhere.lab.recipes.schema import (
 
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "text": text.PRESETS,
+    "books": books.PRESETS,
     "indirect-indexing": indirect_indexing.PRESETS,
+    "jsb": music.JSB,
+    "maestro": music.MAESTRO,
+    "genome": genome.PRESETS,
+    **openwebtext.PRESETS,
+    **rope_id.PRESETS,
+    **partial_rope.PRESETS,
 }
 """Recipe name -> preset name -> function that makes it. A new recipe is a file and a line here."""
 
@@ -58,7 +74,7 @@ def get(name: str, preset: str = "quick") -> Recipe:
         raise ValueError(
             f"recipe {name!r} has no preset {preset!r}: expected one of {', '.join(made)}"
         )
-    return made[preset]()
+    return made[preset]().model_copy(update={"preset": preset})
 
 
 def _find(name: str) -> dict[str, Callable[[], Recipe]]:

@@ -159,6 +159,14 @@ class EvaluationSettings(Settings):
     lengths: tuple[Annotated[int, Field(ge=2)], ...] = Field(
         default=(), description="lengths in tokens at which the loss on text is measured"
     )
+    dataset: str | None = Field(
+        default=None,
+        description="data set whose test split these lengths are measured on; None is the text "
+        "that the task keeps for validation, or that of evaluation.paths",
+    )
+    paths: tuple[str, ...] = Field(
+        default=(), description="files of that data set, or any text to measure lengths on"
+    )
     tokens: int = Field(
         default=65536, ge=1, description="tokens of text the loss at each length is measured on"
     )
@@ -208,6 +216,8 @@ class Recipe(Settings):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     encodings: Annotated[dict[Label, EncodingChoice], tyro.conf.Suppress]
+    ours: Annotated[dict[Label, EncodingChoice], tyro.conf.Suppress] = {}
+    """Encodings that no paper has for this task: trained where `--encodings` names them."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
         default=(0,), description="one run of each encoding for each"
     )

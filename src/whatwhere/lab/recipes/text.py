@@ -10,6 +10,7 @@ from whatwhere.lab.recipes.schema import (
     Recipe,
     TrainingSettings,
 )
+from whatwhere.lab.recipes.shared import SMALL, ours
 
 ENCODINGS = {name: EncodingChoice(name=name) for name in ("rope", "yarn", "rope-id", "pope")}
 
@@ -23,7 +24,7 @@ def quick() -> Recipe:
             "windows up to several times as long. Sized for a CPU"
         ),
         data=TextData(tokenizer="bytes", length=128),
-        model=ModelSettings(hidden_size=128, num_hidden_layers=4, num_attention_heads=4),
+        model=SMALL,
         training=TrainingSettings(
             steps=1000,
             batch_size=32,
@@ -34,6 +35,7 @@ def quick() -> Recipe:
         ),
         evaluation=EvaluationSettings(lengths=(128, 256, 512, 1280), tokens=65536, examples=512),
         encodings=ENCODINGS,
+        ours=ours(SMALL),
     )
 
 

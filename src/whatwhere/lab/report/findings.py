@@ -16,6 +16,9 @@ MOST_NAMED = 4
 PERCENT = "\u00a0%"
 """The sign, kept on the line of its number."""
 
+MAIN = ("accuracy", "zero_shot_accuracy", "loss", "test_loss", "validation_loss")
+"""What a comparison may be about, the first that it has."""
+
 
 def statistics(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Mean, sample standard deviation (n - 1) and count over seeds of one metric.
@@ -47,15 +50,21 @@ def changes(results: pd.DataFrame, train_length: int) -> pd.DataFrame:
     return _over_seeds(known, "change")
 
 
+def main_metric(results: pd.DataFrame) -> str:
+    """What a comparison is about: its accuracy, its loss by length, or that on a whole split."""
+    found = set(results["metric"])
+    return next((name for name in MAIN if name in found), "validation_loss")
+
+
 def best_first(results: pd.DataFrame, labels: Sequence[str]) -> list[str]:
-    """Labels by accuracy, or by the loss at their longest length, the best first.
+    """Labels by accuracy, or by the loss (at their longest length), the best first.
 
     Those measured at longer lengths come before others, those that diverged after them, and
     those without results last.
     """
-    accuracy = statistics(results, "accuracy")
-    found = accuracy if len(accuracy) else statistics(results, "loss")
-    sign = -1 if len(accuracy) else 1
+    metric = main_metric(results)
+    found = statistics(results, metric)
+    sign = -1 if metric.endswith("accuracy") else 1
     means: dict[str, tuple[int, float]] = {}
     # In increasing order of length.
     for label, length, mean in found.reset_index()[["encoding", "length", "mean"]].to_numpy():
@@ -85,6 +94,8 @@ def finding(
     accuracy = statistics(results, "accuracy")
     if len(accuracy):
         return _accuracy_finding(accuracy, paper or {})
+    if main_metric(results) != "loss":
+        return _split_finding(results, unit, paper or {})
     loss = _finite(statistics(results, "loss"))
     if loss.empty:
         return None
@@ -127,6 +138,31 @@ def _loss_finding(means: pd.Series[float], longest: int, unit: str) -> str:
         best = f"{_possessive(label)} loss is {value:.3f} {unit}"
         parts.append(f"{_possessive(label)} {value:.3f}" if parts else best)
     return f"At {longest:,} {unit.split()[-1]}s {_joined(parts, ranked)}."
+
+
+def _split_finding(
+    results: pd.DataFrame, unit: str, paper: Mapping[str, Mapping[str, PaperFigure]]
+) -> str | None:
+    metric = main_metric(results)
+    table = _finite(statistics(results, metric))
+    if table.empty:
+        return None
+    share = metric.endswith("accuracy")
+    ranked = table["mean"].groupby(level="encoding", sort=False).last()
+    ranked = ranked.sort_values(ascending=not share, kind="stable")
+    name = metric.replace("_", " ")
+    parts: list[str] = []
+    for label, value in _named(ranked):
+        figure = paper.get(label, {}).get(metric)
+        own, known = (
+            f"{100 * number:.1f}{PERCENT}" if share else f"{number:.4f}"
+            for number in (value, figure.value if figure else math.nan)
+        )
+        beside = f" (the paper: {known})" if figure else ""
+        after = "" if share else f" {unit}"
+        first = f"{_possessive(label)} {name} is {own}{after}{beside}"
+        parts.append(f"{_possessive(label)} {own}{beside}" if parts else first)
+    return f"{_joined(parts, ranked)}."
 
 
 def _accuracy_finding(

@@ -12,11 +12,12 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from whatwhere.lab.data import TextData
+from whatwhere.lab.data import IndirectIndexingData
 from whatwhere.lab.recipes.schema import Recipe
 from whatwhere.lab.report import figures
 from whatwhere.lab.report.canvas import save, svg
-from whatwhere.lab.report.findings import best_first, finding
+from whatwhere.lab.report.findings import best_first, finding, main_metric
+from whatwhere.lab.report.metric_figure import draw_metric
 from whatwhere.lab.report.palette import Style, styles, title
 from whatwhere.lab.report.records import Comparison, RunRecord, read_comparison
 from whatwhere.lab.report.tables import facts_table, loss_table, split_table, state
@@ -67,9 +68,9 @@ def build_report(folder: Path) -> Path:
 
 def unit_of(recipe: Recipe | RunConfig) -> str:
     """The unit of a recipe's losses: nats per byte, per token, or per target of a question."""
-    if isinstance(recipe.data, TextData):
-        return "nats per byte" if recipe.data.tokenizer == "bytes" else "nats per token"
-    return "nats per target"
+    if isinstance(recipe.data, IndirectIndexingData):
+        return "nats per target"
+    return "nats per byte" if recipe.data.tokenizer == "bytes" else "nats per token"
 
 
 def _page(comparison: Comparison, folder: Path) -> str:
@@ -104,8 +105,8 @@ def _page(comparison: Comparison, folder: Path) -> str:
 
 
 def _train_length(recipe: Recipe) -> int:
-    # Only texts have other lengths to compare with.
-    return recipe.data.length if isinstance(recipe.data, TextData) else 0
+    # Questions have no other lengths to compare with.
+    return 0 if isinstance(recipe.data, IndirectIndexingData) else recipe.data.length
 
 
 def _pictures(
@@ -140,7 +141,7 @@ def _drawings(
         "a run.",
         lambda narrow: figures.draw_training_curves(logs, unit, styling, narrow),
     )
-    if not isinstance(recipe.data, TextData):
+    if isinstance(recipe.data, IndirectIndexingData):
         paper = {
             label: (found["accuracy"].value, found["accuracy"].spread)
             for label, found in recipe.paper.items()
@@ -160,6 +161,8 @@ def _drawings(
             ),
             training,
         ]
+    if not recipe.evaluation.lengths:
+        return [_split_drawing(comparison, styling, unit), training]
     length = recipe.data.length
     names = unit.split()[-1] + "s"
     return [
@@ -178,6 +181,25 @@ def _drawings(
         ),
         training,
     ]
+
+
+def _split_drawing(
+    comparison: Comparison, styling: Mapping[str, Style], unit: str
+) -> tuple[str, str, Callable[[bool], Figure]]:
+    # One number an encoding, on a whole split or over tasks.
+    results, metric = comparison.results, main_metric(comparison.results)
+    paper = {
+        label: (found[metric].value, found[metric].spread)
+        for label, found in comparison.recipe.paper.items()
+        if metric in found
+    }
+    name = metric.replace("_", " ")
+    beside = "; hollow diamonds: the paper's figures" if paper else ""
+    return (
+        metric,
+        f"{name[0].upper()}{name[1:]} of each encoding, mean and one standard deviation{beside}.",
+        lambda narrow: draw_metric(results, metric, unit, paper, styling, narrow),
+    )
 
 
 def _yarn_note(recipe: Recipe) -> str:

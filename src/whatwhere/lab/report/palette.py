@@ -59,10 +59,19 @@ SPARE = (
 
 
 def title(label: str) -> str:
-    """The name of a label as the papers write it: `pope` is PoPE, `rope-half` RoPE-half."""
+    """The name of a label as the papers write it.
+
+    >>> title("pope"), title("rope-half"), title("partial-rope-10"), title("nope-qk-norm")
+    ('PoPE', 'RoPE-half', 'partial RoPE 10 %', 'NoPE + QK-Norm')
+    """
     if label in KNOWN:
         return KNOWN[label].title
+    if label.endswith("-qk-norm"):
+        return f"{title(label.removesuffix('-qk-norm'))} + QK-Norm"
     name, dash, rest = label.partition("-")
+    known, _, share = rest.rpartition("-")
+    if name == "partial" and known in KNOWN and share.isdecimal():
+        return f"partial {KNOWN[known].title} {share} %"
     return KNOWN[name].title + dash + rest if name in KNOWN else label
 
 

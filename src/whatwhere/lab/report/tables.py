@@ -17,11 +17,17 @@ Paper = Mapping[str, Mapping[str, PaperFigure]]
 
 METRICS = {
     "accuracy": "accuracy, %",
+    "zero_shot_accuracy": "mean of six tasks, %",
     "validation_accuracy": "validation accuracy, %",
     "test_loss": "test loss",
     "validation_loss": "validation loss",
 }
 """Metrics of whole evaluation splits, in the order in which they are shown."""
+
+SCORES = ("_acc", "_acc_norm", "_accuracy", "_exact_match", "_score")
+"""Ends of the names of metrics from 0 to 1 that the harness gives."""
+
+PERCENT = ("accuracy", *SCORES)
 
 MISSING = "–"
 
@@ -108,24 +114,27 @@ def split_table(
     in_paper = {metric for figures in recipe.paper.values() for metric in figures} - {"loss"}
     metrics = [name for name in METRICS if name in found or name in in_paper]
     metrics += sorted(in_paper - set(metrics))
-    if not found & set(metrics) or (metrics == ["validation_loss"] and not in_paper):
+    read = {metric.partition("@")[0] for metric in metrics}
+    metrics += sorted(name for name in found - read if name.endswith(SCORES))
+    if not found & {m.partition("@")[0] for m in metrics} or (
+        metrics == ["validation_loss"] and not in_paper
+    ):
         return None
     groups: list[tuple[str, list[str]]] = []
     columns: list[list[Cell]] = []
     notes: list[str] = []
     for metric in metrics:
-        factor, digits = (100, 2) if metric.endswith("accuracy") else (1, 4)
-        table = statistics(comparison.results, metric)
-        better = max if metric.endswith("accuracy") else min
+        factor, digits = (100, 2) if metric.partition("@")[0].endswith(PERCENT) else (1, 4)
+        table = _at_length(comparison.results, metric)
+        better = max if factor == 100 else min
         columns.append(_metric_cells(table, labels, factor, digits, better))
-        head = METRICS.get(metric, metric.replace("_", " "))
         names = ["ours"] if metric in in_paper else [""]
         if metric in in_paper:
             paper = {label: figures.get(metric) for label, figures in recipe.paper.items()}
             columns.append([_paper_cell(paper.get(label), factor, digits) for label in labels])
             names.append("paper")
             notes += _paper_note(figure for figure in paper.values() if figure)
-        groups.append((head, names))
+        groups.append((_metric_head(metric, factor), names))
         notes += _spread_note(table)
     rows = [
         _row(label, styling, recipe, [column[index] for column in columns])
@@ -266,6 +275,23 @@ def _metric_cells(
         below = _plus_minus(factor * deviation, digits)
         cells.append(Cell(_number(factor * mean, digits), below, best=mean == best))
     return cells
+
+
+def _at_length(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    # A metric of a recipe may name a length: ruler_accuracy@8192.
+    name, _, length = metric.partition("@")
+    table = statistics(results, name)
+    if not length:
+        return table
+    return table[table.index.get_level_values("length") == int(length)]
+
+
+def _metric_head(metric: str, factor: float) -> str:
+    if metric in METRICS:
+        return METRICS[metric]
+    name, _, length = metric.partition("@")
+    words = name.replace("_", " ") + (f" at {int(length):,}" if length else "")
+    return f"{words}, %" if factor == 100 else words
 
 
 def _statistics(table: pd.DataFrame, label: str, length: int) -> tuple[float, float]:

@@ -1,0 +1,212 @@
+"""Tables in Markdown, made from `results/results.csv` and the recipes' paper figures alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import pandas as pd
+
+from whatwhere.lab import recipes, storage
+from whatwhere.lab.recipes.schema import Recipe
+from whatwhere.lab.report.findings import statistics
+from whatwhere.lab.report.palette import title
+
+NOT_RUN = "not run here"
+
+_BLOCK = re.compile(
+    r"(<!-- results: (?P<what>[^>]*?) -->\n)(?P<body>.*?)(<!-- end of results -->)", re.DOTALL
+)
+
+HEADS = {
+    "accuracy": "accuracy, %",
+    "test_loss": "test loss, nats per token",
+    "validation_loss": "validation loss, nats per token",
+    "perplexity": "perplexity",
+    "loss": "loss, nats per token",
+    "zero_shot_accuracy": "mean of six tasks, %",
+    "ruler_accuracy": "RULER, %",
+    "longbench_score": "LongBench, %",
+    "piqa_acc_norm": "PIQA acc_norm, %",
+    "loss_spikes": "loss spikes",
+    "table_bytes": "position tables, bytes",
+}
+
+
+def fill(path: Path, table: pd.DataFrame) -> bool:
+    """Write the tables of a Markdown file again; say whether it changed.
+
+    A table stands between ``<!-- results: RECIPE PRESET METRIC[@LENGTH] ... -->`` and
+    ``<!-- end of results -->``; ``papers`` in place of a recipe makes the list of all figures
+    that papers print.
+
+    Args:
+        path: The file.
+        table: Rows of results.csv.
+
+    Raises:
+        ValueError: If a marker names what is not there, or none is closed.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.count("<!-- results:") != len(_BLOCK.findall(text)):
+        raise ValueError(f"{path}: a results marker is not closed by <!-- end of results -->")
+
+    def made(match: re.Match[str]) -> str:
+        words = match["what"].split()
+        try:
+            body = papers(table) if words == ["papers"] else of_recipe(table, *_read(words))
+        except ValueError as error:
+            raise ValueError(f"{path}: {match[1].strip()}: {error}") from None
+        return f"{match[1]}\n{body}\n{match[4]}"
+
+    changed = _BLOCK.sub(made, text)
+    if changed != text:
+        storage.write_text(path, changed)
+    return changed != text
+
+
+def of_recipe(
+    table: pd.DataFrame, name: str, preset: str, columns: Sequence[tuple[str, int | None]]
+) -> str:
+    """One row an encoding: mean and deviation over seeds, and the paper's figure beside it.
+
+    Args:
+        table: Rows of results.csv.
+        name: Of the recipe.
+        preset: Of the recipe.
+        columns: Metric and length of each; a length of `None` is whatever there is.
+
+    Raises:
+        ValueError: If there is no such recipe or preset.
+    """
+    recipe = recipes.get(name, preset)
+    own = table[(table["recipe"] == name) & (table["preset"] == preset)]
+    labels = list(dict.fromkeys([*recipe.encodings, *own["encoding"]]))
+    heads = ["encoding"]
+    for metric, length in columns:
+        heads.append(_head(metric, length))
+        if _has_paper(recipe, metric, length):
+            heads.append("paper")
+    lines = [_line(heads), _line(["---", *["--:"] * (len(heads) - 1)])]
+    found = {metric: statistics(own, metric) for metric, _ in columns}
+    for label in labels:
+        cells = [title(label)]
+        for metric, length in columns:
+            cells.append(_ours(found[metric], label, metric, length))
+            if _has_paper(recipe, metric, length):
+                cells.append(_paper(recipe, label, metric, length))
+        lines.append(_line(cells))
+    return "\n".join(lines) + "\n\n" + _origin(own, recipe)
+
+
+def papers(table: pd.DataFrame) -> str:
+    """Every figure that a paper prints, beside ours at the same preset."""
+    lines = [_line(["recipe", "encoding", "metric", "paper", "ours", "seeds"])]
+    lines.append(_line(["---", "---", "---", "--:", "--:", "--:"]))
+    for name in recipes.names():
+        if "paper" not in recipes.presets(name):
+            continue
+        recipe = recipes.get(name, "paper")
+        own = table[(table["recipe"] == name) & (table["preset"] == "paper")]
+        for label, figures in recipe.paper.items():
+            for key in figures:
+                metric, length = split_metric(key)
+                found = statistics(own, metric)
+                ours = _ours(found, label, metric, length)
+                seeds = _count(found, label, length)
+                printed = _paper(recipe, label, metric, length)
+                head = _head(metric, length)
+                lines.append(_line([f"`{name}`", title(label), head, printed, ours, seeds]))
+    return "\n".join(lines) + "\n"
+
+
+def split_metric(key: str) -> tuple[str, int | None]:
+    """`metric@length` as both; without a length it is `None`.
+
+    Raises:
+        ValueError: If the length is no number.
+    """
+    metric, at, length = key.partition("@")
+    if at and not length.isdecimal():
+        raise ValueError(f"{key!r}: expected METRIC or METRIC@LENGTH")
+    return metric, int(length) if at else None
+
+
+def _read(words: Sequence[str]) -> tuple[str, str, list[tuple[str, int | None]]]:
+    if len(words) < 3:
+        raise ValueError("expected RECIPE PRESET METRIC[@LENGTH] ...")
+    return words[0], words[1], [split_metric(word) for word in words[2:]]
+
+
+def _head(metric: str, length: int | None) -> str:
+    head = HEADS.get(metric, metric.replace("_", " "))
+    return head if length is None else f"{head} at {length:,}"
+
+
+def _has_paper(recipe: Recipe, metric: str, length: int | None) -> bool:
+    return any(_key(metric, length) in figures for figures in recipe.paper.values())
+
+
+def _key(metric: str, length: int | None) -> str:
+    return metric if length is None else f"{metric}@{length}"
+
+
+def _paper(recipe: Recipe, label: str, metric: str, length: int | None) -> str:
+    figure = recipe.paper.get(label, {}).get(_key(metric, length))
+    if figure is None:
+        return ""
+    return _number(metric, figure.value, figure.spread if figure.spread is not None else math.nan)
+
+
+def _ours(found: pd.DataFrame, label: str, metric: str, length: int | None) -> str:
+    row = _row(found, label, length)
+    return NOT_RUN if row is None else _number(metric, row["mean"], row["std"])
+
+
+def _count(found: pd.DataFrame, label: str, length: int | None) -> str:
+    row = _row(found, label, length)
+    return "" if row is None else str(int(row["count"]))
+
+
+def _row(found: pd.DataFrame, label: str, length: int | None) -> pd.Series | None:
+    if not len(found) or label not in found.index.get_level_values("encoding"):
+        return None
+    rows = found.xs(label, level="encoding")
+    if length is not None and length not in rows.index:
+        return None
+    return cast(pd.Series, rows.loc[length] if length is not None else rows.iloc[0])
+
+
+def _number(metric: str, value: float, deviation: float) -> str:
+    share = metric.endswith(("accuracy", "score", "acc", "acc_norm"))
+    factor, digits = (100, 2) if share else (1, 0 if metric in WHOLE else 3)
+    digits = 2 if metric == "perplexity" else digits
+    text = f"{factor * value:,.{digits}f}"
+    return text + (f" ± {factor * deviation:.{digits}f}" if math.isfinite(deviation) else "")
+
+
+WHOLE = ("loss_spikes", "table_bytes", "parameters")
+
+
+def _origin(own: pd.DataFrame, recipe: Recipe) -> str:
+    command = f"`whatwhere compare {recipe.name} --preset {recipe.preset}`"
+    if own.empty:
+        return f"Nothing of this was run here; {command} does it.\n"
+    seeds = sorted(set(own["seed"]))
+    many = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+    told = many if len(seeds) > 1 else f"seed {seeds[0]}"
+    devices = ", ".join(sorted(set(own["device"])))
+    torch = sorted({word for row in own["versions"] for word in _torch(row)})
+    return f"{command}: {told}; {devices}, torch {', '.join(torch)}.\n"
+
+
+def _torch(versions: str) -> list[str]:
+    words = versions.split()
+    return [words[place + 1] for place, word in enumerate(words[:-1]) if word == "torch"]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

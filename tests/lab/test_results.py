@@ -1,0 +1,160 @@
+"""The CSV of kept results, and the tables that are made from it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from conftest import ROOT
+from whatwhere.cli import main
+from whatwhere.lab import recipes, storage
+from whatwhere.lab.results import markdown, store
+
+NAME, PRESET = "openwebtext-124m", "quick"
+
+
+def folder_of(
+    place: Path, values: dict[str, list[float]], metric: str = "perplexity", name: str = NAME
+) -> Path:
+    """A comparison's folder with one metric: encoding -> value of each seed."""
+    folder = place / name
+    storage.write_text(folder / "settings.yaml", recipes.to_yaml(recipes.get(name, PRESET)))
+    for label, numbers in values.items():
+        for seed, value in enumerate(numbers):
+            run = folder / f"{label}-seed{seed}"
+            record = {
+                "fingerprint": "f",
+                "config": {},
+                "data": {"train_sha256": "0123456789abcdef"},
+                "versions": {"python": "3.11", "torch": "2.13.0"},
+                "device": {"type": "cpu", "name": "x86_64", "threads": 1},
+                "git_commit": "c0ffee",
+                "started": "2026-11-21T00:00:00+00:00",
+            }
+            storage.write_json(run / "run.json", record)
+            storage.write_json(run / "done.json", {"seconds": 12.5})
+            rows = [(label, seed, metric, 128, value), (label, seed, "loss_spikes", 128, 1.0)]
+            pd.DataFrame(rows, columns=["encoding", "seed", "metric", "length", "value"]).to_csv(
+                run / "results.csv", index=False
+            )
+    return folder
+
+
+def test_figures_are_kept_with_where_they_are_from(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    assert store.add(path, [folder_of(tmp_path, {"rope": [5.0, 6.0], "pope": [4.0]})]) == (6, 0)
+    table = store.load(path)
+    row = table[(table["encoding"] == "rope") & (table["seed"] == 1)].iloc[-1].to_dict()
+    assert row["value"] == 6.0 and row["wall_seconds"] == 12.5 and row["data"] == "0123456789ab"
+    assert row["device"] == "cpu x86_64, 1 thread(s)" and "torch 2.13.0" in row["versions"]
+    assert row["commit"] == "c0ffee" and math.isnan(row["paper_value"])
+
+
+def test_measured_again_a_figure_takes_the_old_ones_place(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    store.add(path, [folder_of(tmp_path / "a", {"rope": [5.0], "pope": [4.0]})])
+    assert store.add(path, [folder_of(tmp_path / "b", {"rope": [4.5]})]) == (0, 2)
+    table = store.load(path).set_index(["encoding", "metric"])["value"]
+    assert table["rope", "perplexity"] == 4.5 and table["pope", "perplexity"] == 4.0
+    before = path.read_bytes()
+    store.add(path, [tmp_path / "b" / NAME])
+    assert path.read_bytes() == before
+
+
+def test_only_recipes_as_they_are_shipped_are_kept(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {"rope": [5.0]})
+    shipped = recipes.get(NAME, PRESET)
+    shorter = shipped.training.model_copy(update={"steps": 5})
+    changed = shipped.model_copy(update={"training": shorter})
+    storage.write_text(folder / "settings.yaml", recipes.to_yaml(changed))
+    path = tmp_path / "results.csv"
+    with pytest.raises(ValueError, match=r"training\.steps: 300 -> 5"):
+        store.add(path, [folder])
+    assert not path.exists()
+    storage.write_text(
+        folder / "settings.yaml",
+        recipes.to_yaml(shipped.model_copy(update={"name": "mine", "preset": None})),
+    )
+    with pytest.raises(ValueError, match="'mine', preset None is none of the package's"):
+        store.add(path, [folder])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text.replace("metric", "metrik", 1), "columns"),
+        (lambda text: text + text.splitlines()[-1] + "\n", "twice"),
+        (lambda text: text.replace(",5.0,", ",five,"), "column value"),
+    ],
+)
+def test_a_file_edited_by_hand_is_refused(damage: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    store.add(path, [folder_of(tmp_path, {"rope": [5.0]})])
+    assert callable(damage)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        store.load(path)
+    assert main(["results", "--file", str(path)]) == 2
+
+
+def test_tables_hold_what_was_run_and_say_what_was_not(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    store.add(path, [folder_of(tmp_path, {"rope": [5.0, 6.0]})])
+    table = store.load(path)
+    text = markdown.of_recipe(table, NAME, PRESET, [("perplexity", None)])
+    assert "| RoPE | 5.50 ± 0.71 |" in text and "| PoPE | not run here |" in text
+    assert "seeds 0, 1; cpu x86_64, 1 thread(s), torch 2.13.0" in text
+    printed = markdown.of_recipe(table, NAME, "paper", [("perplexity", None)])
+    assert "| PoPE | not run here | 21.33 |" in printed and "Nothing of this was run" in printed
+    everything = markdown.papers(table)
+    assert "| `rope-id-3b` | YaRN | RULER, % at 16,384 | 40.14 | not run here |" in everything
+    assert (
+        "| `indirect-indexing` | PoPE | accuracy, % | 94.82 ± 2.91 | not run here |" in everything
+    )
+
+
+def test_marked_tables_are_written_in_place(tmp_path: Path) -> None:
+    path, page = tmp_path / "results.csv", tmp_path / "page.md"
+    store.add(path, [folder_of(tmp_path, {"rope": [5.0]})])
+    marker = f"<!-- results: {NAME} {PRESET} perplexity -->"
+    page.write_text(f"before\n\n{marker}\nold\n<!-- end of results -->\n\nafter\n")
+    assert main(["results", "--file", str(path), "--tables", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| RoPE | 5.00 |" in text
+    assert not markdown.fill(page, store.load(path))
+    for wrong, message in (
+        (marker, "not closed"),
+        (marker.replace(NAME, "nothing") + "\n<!-- end of results -->", "unknown recipe"),
+        (f"<!-- results: {NAME} -->\n<!-- end of results -->", "RECIPE PRESET METRIC"),
+    ):
+        page.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            markdown.fill(page, store.load(path))
+        assert page.read_text() == wrong
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"]),
+)
+def test_committed_tables_are_those_of_the_committed_results(page: str, tmp_path: Path) -> None:
+    copy = tmp_path / "page.md"
+    copy.write_bytes((ROOT / page).read_bytes())
+    assert not markdown.fill(copy, store.load(ROOT / store.DEFAULT)), (
+        f"{page}: run `whatwhere results --tables {page}`"
+    )
+
+
+def test_committed_results_belong_to_shipped_recipes() -> None:
+    table = store.load(ROOT / store.DEFAULT)
+    for name, preset in set(zip(table["recipe"], table["preset"], strict=True)):
+        recipe = recipes.get(name, preset)
+        own = table[(table["recipe"] == name) & (table["preset"] == preset)]
+        known = {*recipe.encodings, *recipe.ours}
+        assert set(own["encoding"]) <= known
+        assert all(re.fullmatch(r"[0-9a-f]{40}", commit) for commit in own["commit"])
