@@ -15,6 +15,7 @@ NAMES = (
     "training_step",
     "converted",
     "cache_bytes",
+    "data",
 )
 
 
