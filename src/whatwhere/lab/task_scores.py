@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +112,13 @@ def _scores(
         lengths=lengths,
         limit=settings.task_limit,
         # RULER's prompts are made for lengths beyond the training length.
-        max_length=max((*lengths, train_length)),
+        max_length=settings.task_max_length or max((*lengths, train_length)),
         bootstrap=0,
-        output=output,
     )
+    # Other settings have a folder of their own: what was measured with these is kept.
+    identity = json.dumps(given.identity(), sort_keys=True)
+    folder = output / hashlib.sha256(identity.encode()).hexdigest()[:8]
+    given = replace(given, output=folder)
 
     def say(line: str) -> None:
         Console().print(f"{output.parent.name}  {line}", highlight=False, soft_wrap=True)

@@ -207,6 +207,8 @@ def zero_shot_quick(size: str) -> Recipe:
             ),
             "evaluation": EvaluationSettings(
                 tasks=tuple(task for task in SIX_TASKS if task != "cbt"),
+                # Documents are longer than the 128 bytes of these models.
+                task_max_length=2048,
                 task_limit=10,
                 examples=256,
             ),

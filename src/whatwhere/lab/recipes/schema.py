@@ -189,6 +189,12 @@ class EvaluationSettings(Settings):
         default=None,
         description="folder of the tasks' files; None is $WHATWHERE_DATA, else the hub",
     )
+    task_max_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="tokens that the model reads in tasks; None is the training length, or the "
+        "longest of evaluation.task_lengths",
+    )
     task_limit: int | None = Field(
         default=None, ge=1, description="documents of each task; None is all"
     )
