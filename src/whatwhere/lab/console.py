@@ -102,12 +102,14 @@ class Counter(Protocol):
 def counting(title: str, total: int, done: int = 0) -> Iterator[Counter]:
     """A bar over things that are counted where standard output is a terminal, else plain lines.
 
+    It speaks in every process: of several, the one that has the lock does the work.
+
     Args:
         title: What is being done.
         total: Number of things.
         done: How many were done before.
     """
-    console = Console(quiet=not is_main_process())
+    console = Console()
     if not console.is_terminal:
         yield _CountedLines(console, title, total, done)
         return

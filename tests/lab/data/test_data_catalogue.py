@@ -249,6 +249,11 @@ def test_max_bytes_of_a_stream(served: list[list[str]], monkeypatch: pytest.Monk
     found = texts(make_corpus("fineweb", tokenizer="bytes", max_bytes=330))
     assert sum(map(len, found)) == 330
     assert {text[:2] for text in found} == {"0:", "1:", "2:"}
+    # Splits of its own are whole.
+    corpus = make_corpus("pg19", tokenizer="bytes", max_bytes=110)
+    splits = [d.split for item in corpus.items() for d in corpus.documents(item)]
+    assert splits.count("validation") == splits.count("test") == 120
+    assert 0 < splits.count("train") < 120
 
 
 def test_lists_of_addresses(

@@ -159,6 +159,7 @@ def test_an_edited_manifest_is_refused(folder: Path, change: Any) -> None:
             lambda m: m["splits"]["train"]["shards"][0].update(file="../../secret.npy"),
             "splits.train.shards.0.file: ",
         ),
+        (lambda m: m["tokenizer"].update(files={"../x": "0" * 64}), "tokenizer.files."),
         (lambda m: m.update(format=99), "has format 99, this version reads 1"),
     ],
 )

@@ -216,12 +216,24 @@ def test_max_bytes_of_records_is_spread(tmp_path: Path, monkeypatch: pytest.Monk
     assert numbers[-1] > 350
 
 
+def test_max_bytes_leaves_own_splits_whole(tmp_path: Path) -> None:
+    (tmp_path / "test-1.txt").write_text("t" * 500)
+    (tmp_path / "train-1.txt").write_text("x" * 500)
+    (tmp_path / "valid-1.jsonl").write_text(lines("v" * 500))
+    (tmp_path / "train-2.jsonl").write_text(lines("y" * 500))
+    for limit, train in ((100, 100), (600, 600), (2000, 1000)):
+        found = documents(corpus(tmp_path, own_splits=True, max_bytes=limit))
+        sizes = {s: sum(len(t) for split, t in found if split == s) for s, _ in found}
+        assert sizes == {"train": train, "validation": 500, "test": 500}
+
+
 def test_spread_chooses_evenly() -> None:
     assert spread(list(range(10)), 5 * textfiles.LEAST_SHARE) == (
         [0, 2, 4, 6, 8],
         textfiles.LEAST_SHARE,
     )
     assert spread([1, 2], 10) == ([1], 10)
+    assert spread([1, 2], 0) == spread([], 10) == ([], 0)
 
 
 def test_fingerprint_follows_content_and_options_alone(tmp_path: Path) -> None:

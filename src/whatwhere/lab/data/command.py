@@ -18,7 +18,7 @@ from whatwhere.lab.data.corpus import CorpusSplit
 from whatwhere.lab.data.extras import need
 from whatwhere.lab.data.prepare import prepare
 from whatwhere.lab.errors import user_errors
-from whatwhere.lab.storage import RunError
+from whatwhere.lab.storage import RunError, read_json
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def decoder(folder: shards.PreparedFolder) -> Callable[[Sequence[int]], str]:
     if folder.manifest.tokenizer.name == "bytes":
         return lambda ids: bytes(ids).decode(errors="replace")
     file = folder.path / shards.TOKENIZER / "tokenizer.json"
-    if not file.exists():
+    # Another library's file of this name, such as MidiTok's, has no model.
+    if not file.exists() or "model" not in read_json(file):
         return lambda ids: " ".join(map(str, ids))
     loaded = need("tokenizers", "data").Tokenizer.from_file(str(file))
     return lambda ids: str(loaded.decode(list(ids), skip_special_tokens=False))

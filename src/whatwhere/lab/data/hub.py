@@ -102,6 +102,7 @@ class HubTexts(TextDocuments):
         name: In `HUB`.
         tokenizer: The set's own by default; see `TextDocuments`.
         max_bytes: Read this much text at most: an equal share of files spread over the set.
+            Validation and test splits of its own do not count, and are read whole.
         cache_dir: Where the user is told to put files, if the hub cannot be reached.
 
     Raises:
@@ -130,11 +131,12 @@ class HubTexts(TextDocuments):
         if raw.is_offline():
             raise self._absent("HF_HUB_OFFLINE is set")
         found = list(self._parts())
+        train = [part for part in found if part[0] == "train"]
         limit = None
         if self.max_bytes is not None:
-            found, limit = spread(found, self.max_bytes)
-        for split, number, place in found:
-            yield Item(f"{split}:{number}", (split, place, limit))
+            train, limit = spread(train, self.max_bytes)
+        for split, number, place in [*train, *(part for part in found if part[0] != "train")]:
+            yield Item(f"{split}:{number}", (split, place, limit if split == "train" else None))
 
     def texts(self, item: Item) -> Iterator[Text]:
         """Yield the texts of one file.

@@ -36,6 +36,8 @@ Ints = NDArray[np.int64]
 Count = Annotated[int, Field(ge=0)]
 # Names of files inside the folder: no separators, so that a manifest points nowhere else.
 FileName = Annotated[str, Field(pattern=r"^[a-z]+-\d{5}\.(tokens|bounds)\.npy$")]
+# Of the tokenizer's files: no part of the path begins with a dot.
+BelowName = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -72,7 +74,7 @@ class TokenizerRecord(_Record):
     vocab_size: Annotated[int, Field(ge=1)]
     separator: int | None
     padding: int
-    files: dict[str, Digest] = {}
+    files: dict[BelowName, Digest] = {}
 
 
 class Manifest(_Record):

@@ -98,7 +98,7 @@ class TextFiles(TextDocuments):
         max_bytes: Read this much at most: plain files in order, the last one cut; of records an
             equal share of parts spread over the source.
         own_splits: Whether files below `train`, `validation` or `test`, or named so, keep that
-            split.
+            split. `max_bytes` does not count those of validation and test, which are read whole.
         licence: Of the texts.
         homepage: Where they come from.
 
@@ -201,10 +201,11 @@ class TextFiles(TextDocuments):
             before = len(plain) + len(others)
             for file in files:
                 is_record = records.is_record_file(file)
+                limit = None if self._is_held_out(file) else left
                 try:
-                    if left == 0 and not is_record:
+                    if limit == 0 and not is_record:
                         raise _UnusableError("beyond max_bytes")
-                    found = self._scan_records(file) if is_record else self._scan(file, left)
+                    found = self._scan_records(file) if is_record else self._scan(file, limit)
                 except _UnusableError as problem:
                     if named and str(problem) != "beyond max_bytes":
                         raise ValueError(
@@ -217,7 +218,7 @@ class TextFiles(TextDocuments):
                     left_out.append("files repeated")
                     continue
                 known[found.digest] = found
-                if left is not None and not is_record:
+                if left is not None and limit is not None and not is_record:
                     cut = file.stat().st_size > found.mark + found.size
                     left = 0 if cut else left - found.size
             if len(plain) + len(others) == before and not left_out:
@@ -242,6 +243,9 @@ class TextFiles(TextDocuments):
         except OSError as error:
             raise _UnusableError(f"unreadable ({error.strerror})") from None
         return _File(file, digest, size, self._own_split(file), mark)
+
+    def _is_held_out(self, file: Path) -> bool:
+        return self._own_split(file) in ("validation", "test")
 
     def _own_split(self, file: Path) -> CorpusSplit | None:
         if not self.own_splits:
@@ -274,23 +278,27 @@ class TextFiles(TextDocuments):
             )
 
     def _record_items(self) -> Iterator[Item]:
-        parts = [
-            (part, file.split)
-            for file in self._scanned.records
-            for part in records.parts(file.path, max(ITEM_BYTES, self._size() // MOST_ITEMS))
-        ]
+        size = max(ITEM_BYTES, self._size() // MOST_ITEMS)
+        free: list[tuple[records.RecordPart, CorpusSplit | None]] = []
+        held_out: list[tuple[records.RecordPart, CorpusSplit | None]] = []
+        for file in self._scanned.records:
+            found = [(part, file.split) for part in records.parts(file.path, size)]
+            (held_out if self._is_held_out(file.path) else free).extend(found)
         limit = None
-        if self.max_bytes is not None and parts:
-            left = self.max_bytes - sum(file.size for file in self._scanned.plain)
-            parts, limit = spread(parts, left)
-        for part, split in parts:
-            yield Item(part.key, Part(part, split, limit))
+        if self.max_bytes is not None:
+            read = sum(f.size for f in self._scanned.plain if not self._is_held_out(f.path))
+            free, limit = spread(free, self.max_bytes - read)
+        for parts, bound in ((free, limit), (held_out, None)):
+            for part, split in parts:
+                yield Item(part.key, Part(part, split, bound))
 
 
 def spread(parts: list[Any], max_bytes: int) -> tuple[list[Any], int]:
     """Choose parts spread evenly over a source, and how many bytes to read of each."""
+    if not parts or max_bytes < 1:
+        return [], 0
     count = max(1, min(len(parts), max_bytes // LEAST_SHARE))
-    return [parts[i * len(parts) // count] for i in range(count)], max(0, max_bytes // count)
+    return [parts[i * len(parts) // count] for i in range(count)], max_bytes // count
 
 
 class _UnusableError(Exception):

@@ -10,21 +10,19 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from whatwhere.lab.data.cutting import can_cut, cut
 from whatwhere.lab.data.sources import Document
+from whatwhere.lab.data.words import Words, word_pattern
 
 Tokens = NDArray[np.unsignedinteger]
 
 _CACHE_FORMAT = 1  # to be raised when the meaning of cached files changes
 _DOCUMENTS_AT_ONCE = 64
-_PARTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,8 @@ class PretrainedTokenizer(TextTokenizer):
             self._backend.no_padding()
         backend = self._backend
         state = backend.to_str() if backend else json.dumps(sorted(vocabulary.items()))
-        self._cut = bool(backend) and can_cut(state)
+        pattern = word_pattern(state) if backend else None
+        self._words = Words(backend, pattern) if pattern else None
         kind = type(self._tokenizer).__name__
         self.fingerprint = hashlib.sha256(f"{kind} {state}".encode()).hexdigest()
 
@@ -112,17 +111,15 @@ class PretrainedTokenizer(TextTokenizer):
         """Yield the ids of each document, without special tokens."""
         for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
             texts = [d.text.decode() for d in documents[first : first + _DOCUMENTS_AT_ONCE]]
-            yield from self._encode_fast(texts) if self._backend else self._encode_slow(texts)
+            if self._words:
+                yield from map(self._words.encode, texts)
+            else:
+                yield from self._encode_fast(texts) if self._backend else self._encode_slow(texts)
 
     def _encode_fast(self, texts: list[str]) -> Iterator[Tokens]:
         # As transformers' own call does it, which also finds out where each token was.
-        for text in texts:
-            parts = cut(text) if self._cut else iter((text,))
-            ids: list[int] = []
-            while group := list(islice(parts, _PARTS_AT_ONCE)):
-                for found in self._backend.encode_batch_fast(group, add_special_tokens=False):
-                    ids += found.ids
-            yield np.asarray(ids, dtype=np.uint32)
+        for found in self._backend.encode_batch_fast(texts, add_special_tokens=False):
+            yield np.array(found.ids, dtype=np.uint32)
 
     def _encode_slow(self, texts: list[str]) -> Iterator[Tokens]:
         encoded = self._tokenizer(
