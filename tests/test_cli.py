@@ -45,7 +45,10 @@ def failed(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int =
 # --- recipes ------------------------------------------------------------------------------------
 
 
-def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
     for name in recipes.names():
@@ -92,6 +95,7 @@ GIVEN = {
     "data.split": ["position"],
     "data.documents": ["pack"],
     "evaluation.yarn": ["finetune"],
+    "evaluation.dataset": ["pg19"],
     "data.paths": ["3", "4"],
     "training.learning_rate": ["0.5"],
     "training.min_learning_rate": ["0.001"],
@@ -182,7 +186,7 @@ def test_help_says_what_a_command_does(command: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compare"], "name a recipe first: one of text, indirect-indexing"),
+        (["compare"], "name a recipe first: one that"),
         (["compare", "--training.steps", "5", "text"], "name a recipe first"),
         (["compare", "txt"], "did you mean 'text'"),
         (["compare", "text", "--preset", "papr"], "expected one of quick, paper"),
@@ -195,6 +199,15 @@ def test_help_says_what_a_command_does(command: str, capsys: pytest.CaptureFixtu
         (["compare", "text", "--seeds"], "one seed"),
         (["compare", "text", "--evaluation.lengths", "64", "64"], "lengths repeat: 64 64"),
         (["compare", "indirect-indexing", "--text", "a"], "is not text"),
+        (["compare", "jsb", "--text", "a"], "its data set 'jsb' takes --from"),
+        (["compare", "indirect-indexing", "--from", "a"], "makes its own data"),
+        (["compare", "text", "--text", "a", "--from", "b"], "give one of them"),
+        (["compare", "jsb", "--from", "nowhere.json"], "nowhere.json"),
+        (["compare", "jsb", "--evaluation.dataset", "pg20"], "pg20"),
+        (["results", "nowhere"], "no comparison"),
+        (["results", "--tables", "nowhere.md"], "nowhere.md: No such file"),
+        (["data", "prepare", "jsb", "--from", "nowhere.json", "--output", "x"], "nowhere.json"),
+        (["plan", "txt"], "did you mean 'text'"),
         (["compare", "text", "--text", "nowhere"], "nowhere"),
         (["compare", "text", "--text", ""], "blank"),
         (["compare", "nowhere.yaml"], "nowhere.yaml: No such file"),

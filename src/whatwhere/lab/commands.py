@@ -247,8 +247,10 @@ def _named_recipe(arguments: Sequence[str]) -> tuple[Recipe, str]:
     asks_help = {"-h", "--help"} & set(arguments)
     if not arguments or arguments[0].startswith("-"):
         if not asks_help:
-            known = ", ".join(recipes.names())
-            raise ValueError(f"name a recipe first: one of {known}, or a file ending in .yaml")
+            raise ValueError(
+                "name a recipe first: one that `whatwhere recipes` lists, or a file that ends in "
+                ".yaml"
+            )
         return recipes.get("text"), "text"
     name = arguments[0]
     given = [

@@ -82,8 +82,8 @@ def _find(name: str) -> dict[str, Callable[[], Recipe]]:
         close = get_close_matches(name, RECIPES, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(
-            f"unknown recipe {name!r}{hint}: expected one of {', '.join(RECIPES)}, "
-            "or a file that ends in .yaml"
+            f"unknown recipe {name!r}{hint}: expected a name that `whatwhere recipes` lists, or a "
+            "file that ends in .yaml"
         )
     return RECIPES[name]
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from whatwhere.lab.data.catalogue import check_name
 from whatwhere.lab.data.indirect_indexing import IndirectIndexingData
 from whatwhere.lab.data.prepared import TokensData
 from whatwhere.lab.data.text import TextData
@@ -198,6 +199,13 @@ class EvaluationSettings(Settings):
     task_limit: int | None = Field(
         default=None, ge=1, description="documents of each task; None is all"
     )
+
+    @field_validator("dataset")
+    @classmethod
+    def _check_dataset(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_name(value)
+        return value
 
 
 class PaperFigure(Settings):
