@@ -203,7 +203,6 @@ def test_help_says_what_a_command_does(command: str, capsys: pytest.CaptureFixtu
         (["compare", "indirect-indexing", "--from", "a"], "makes its own data"),
         (["compare", "text", "--text", "a", "--from", "b"], "give one of them"),
         (["compare", "jsb", "--from", "nowhere.json"], "nowhere.json"),
-        (["compare", "jsb", "--evaluation.dataset", "pg20"], "pg20"),
         (["results", "nowhere"], "no comparison"),
         (["results", "--tables", "nowhere.md"], "nowhere.md: No such file"),
         (["data", "prepare", "jsb", "--from", "nowhere.json", "--output", "x"], "nowhere.json"),
