@@ -142,6 +142,21 @@ def test_where_the_text_lies_and_what_is_evaluated_do_not_count(tmp_path: Path) 
     assert len(seeds | marks) == 3
 
 
+def test_settings_that_came_later_cost_no_results(tmp_path: Path) -> None:
+    run = planned(tmp_path)
+    runs.claim(run, DESCRIPTION)
+    record = json.loads(run.record.read_text())
+    del record["config"]["evaluation"]["tasks"]
+    run.record.write_text(json.dumps(record))
+    run.results.write_text("results")
+    runs.claim(run, DESCRIPTION)
+    assert run.evaluated
+    record["config"]["evaluation"]["nothing_known"] = 1
+    run.record.write_text(json.dumps(record))
+    runs.claim(run, DESCRIPTION)
+    assert not run.evaluated
+
+
 def test_another_evaluation_keeps_the_weights_and_drops_the_results(tmp_path: Path) -> None:
     run = planned(tmp_path)
     runs.claim(run, DESCRIPTION)

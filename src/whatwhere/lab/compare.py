@@ -230,4 +230,8 @@ def planned_of(folder: Path) -> Planned:
     """
     run, record = runs.load_run(folder), runs.load_record(folder)
     source = runs.source_folder(folder, record)
-    return Planned(run, record["how"], runs.load_run(source) if source else None)
+    if source is None:
+        return Planned(run)
+    # Records from before it was written: YaRN alone had a source.
+    borrowed = record.get("how", run.config.evaluation.yarn) in ("borrow", "evaluate")
+    return Planned(run, "borrow" if borrowed else "finetune", runs.load_run(source))

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from pydantic import ValidationError
 
 from whatwhere.lab.environment import surroundings
 from whatwhere.lab.recipes.schema import (
@@ -201,7 +202,7 @@ def claim(run: Run, data: dict[str, Any], source: Run | None = None, how: str = 
             **surroundings(),
         }
         write_json(run.record, record)
-    elif found["config"]["evaluation"] != config["evaluation"]:
+    elif not _same_evaluation(found["config"]["evaluation"], run.config.evaluation):
         for file in (run.results, run.positions):
             file.unlink(missing_ok=True)
         write_json(run.record, {**found, "config": config})
@@ -278,6 +279,14 @@ def _elsewhere(run: Run, source: Run | None) -> str | None:
 
 def _mark(run: Run, data: dict[str, Any], source: Run | None) -> str:
     return fingerprint(run.config, data, fingerprint(source.config, data) if source else "")
+
+
+def _same_evaluation(found: dict[str, Any], wanted: EvaluationSettings) -> bool:
+    # Settings that came later, at their defaults, change nothing.
+    try:
+        return EvaluationSettings.model_validate(found) == wanted
+    except ValidationError:
+        return False
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
