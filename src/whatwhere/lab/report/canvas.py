@@ -14,7 +14,14 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.style import context
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
 
 from whatwhere.lab.report.palette import Style
 from whatwhere.lab.storage import disk_errors, write_text
@@ -184,6 +191,13 @@ def step_axis(place: Canvas, last: int) -> None:
 def percent_axis(axis: Any) -> None:
     """Ticks at 0, 20, ... 100."""
     axis.set_major_locator(FixedLocator(range(0, 101, 20)))
+
+
+def decimal_axis(axis: Any) -> None:
+    """Plain numbers at 1, 1.5, 2, 3, 5, 7 times the powers of ten of a log axis."""
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
 
 
 def mark_training_length(place: Canvas, length: int | None) -> None:

@@ -25,6 +25,7 @@ from whatwhere.lab.report.canvas import (
     End,
     band,
     canvas,
+    decimal_axis,
     end_labels,
     length_axis,
     limit,
@@ -148,16 +149,21 @@ def draw_loss_by_length(
     unit: str,
     styling: Styles | None = None,
     narrow: bool = False,
+    perplexity: bool = False,
 ) -> Figure:
-    """Draw what `loss_by_length` writes."""
+    """Draw what `loss_by_length` writes; `perplexity` draws its exponential on a log axis."""
     table = _finite(results[results["metric"] == "loss"], "value")
+    if perplexity:
+        table = table.assign(value=np.exp(table["value"].astype(float)))
     means = _means(table, "length", "value")
     styling = styling or styles(means)
     ends = [
         End(mean.index[-1], mean["mean"].iloc[-1], styling[label], f"{mean['mean'].iloc[-1]:.2f}")
         for label, mean in means.items()
     ]
-    place = canvas("Loss against length", narrow, ends)
+    place = canvas(f"{'Perplexity' if perplexity else 'Loss'} against length", narrow, ends)
+    if perplexity:
+        place.axes.set_yscale("log")
     for label, mean in means.items():
         style = styling[label]
         x, y = mean.index.to_numpy(float), mean["mean"].to_numpy()
@@ -166,9 +172,13 @@ def draw_loss_by_length(
             x, y, style.dashes, color=style.colour, marker=style.marker, markersize=7, zorder=3
         )
     _label_loss(place, unit, table)
-    low, high = place.axes.get_ylim()
-    more = max(0.0, LEAST_SPAN * high - (high - low)) / 2
-    place.axes.set_ylim(low - more, high + more)
+    if perplexity:
+        place.axes.set_ylabel(f"perplexity of a {unit.split()[-1]}")
+        decimal_axis(place.axes.yaxis)
+    else:
+        low, high = place.axes.get_ylim()
+        more = max(0.0, LEAST_SPAN * high - (high - low)) / 2
+        place.axes.set_ylim(low - more, high + more)
     place.axes.set_xlabel(f"length of the window, {_plural(unit)}")
     length_axis(place, sorted(set(table["length"])), train_length)
     mark_training_length(place, train_length)

@@ -174,6 +174,13 @@ def _drawings(
             lambda narrow: figures.draw_loss_by_length(results, length, unit, styling, narrow),
         ),
         (
+            "perplexity_by_length",
+            f"Perplexity of a {names[:-1]}, the exponential of that loss, on log axes.",
+            lambda narrow: figures.draw_loss_by_length(
+                results, length, unit, styling, narrow, perplexity=True
+            ),
+        ),
+        (
             "loss_by_position",
             "Loss by position within the longest windows evaluated, averaged over windows and "
             "over neighbouring positions.",

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pandas as pd
 
 from whatwhere.lab import recipes, storage
 from whatwhere.lab.recipes.schema import Recipe
 from whatwhere.lab.report.findings import statistics
+from whatwhere.lab.report.page import unit_of
 from whatwhere.lab.report.palette import title
 
 NOT_RUN = "not run here"
@@ -23,10 +25,10 @@ _BLOCK = re.compile(
 
 HEADS = {
     "accuracy": "accuracy, %",
-    "test_loss": "test loss, nats per token",
-    "validation_loss": "validation loss, nats per token",
+    "test_loss": "test loss, {unit}",
+    "validation_loss": "validation loss, {unit}",
     "perplexity": "perplexity",
-    "loss": "loss, nats per token",
+    "loss": "loss, {unit}",
     "zero_shot_accuracy": "mean of six tasks, %",
     "ruler_accuracy": "RULER, %",
     "longbench_score": "LongBench, %",
@@ -83,11 +85,15 @@ def of_recipe(
         ValueError: If there is no such recipe or preset.
     """
     recipe = recipes.get(name, preset)
-    own = table[(table["recipe"] == name) & (table["preset"] == preset)]
+    own = _with_perplexities(table[(table["recipe"] == name) & (table["preset"] == preset)])
     labels = list(dict.fromkeys([*recipe.encodings, *own["encoding"]]))
+    # One metric at many lengths is named once, above the table.
+    metrics = {metric for metric, _ in columns}
+    by_length = len(columns) > 1 and len(metrics) == 1
+    caption = f"{_head(columns[0][0], None, recipe)} by length:\n\n" if by_length else ""
     heads = ["encoding"]
     for metric, length in columns:
-        heads.append(_head(metric, length))
+        heads.append(f"{length:,}" if by_length else _head(metric, length, recipe))
         if _has_paper(recipe, metric, length):
             heads.append("paper")
     lines = [_line(heads), _line(["---", *["--:"] * (len(heads) - 1)])]
@@ -99,7 +105,7 @@ def of_recipe(
             if _has_paper(recipe, metric, length):
                 cells.append(_paper(recipe, label, metric, length))
         lines.append(_line(cells))
-    return "\n".join(lines) + "\n\n" + _origin(own, recipe)
+    return caption + "\n".join(lines) + "\n\n" + _origin(own, recipe)
 
 
 def papers(table: pd.DataFrame) -> str:
@@ -118,7 +124,7 @@ def papers(table: pd.DataFrame) -> str:
                 ours = _ours(found, label, metric, length)
                 seeds = _count(found, label, length)
                 printed = _paper(recipe, label, metric, length)
-                head = _head(metric, length)
+                head = _head(metric, length, recipe)
                 lines.append(_line([f"`{name}`", title(label), head, printed, ours, seeds]))
     return "\n".join(lines) + "\n"
 
@@ -141,8 +147,17 @@ def _read(words: Sequence[str]) -> tuple[str, str, list[tuple[str, int | None]]]
     return words[0], words[1], [split_metric(word) for word in words[2:]]
 
 
-def _head(metric: str, length: int | None) -> str:
-    head = HEADS.get(metric, metric.replace("_", " "))
+def _with_perplexities(own: pd.DataFrame) -> pd.DataFrame:
+    # The exponential of each loss at a length, seed by seed.
+    losses = own[own["metric"] == "loss"]
+    known = set(own.loc[own["metric"] == "perplexity", "length"])
+    made = losses[~losses["length"].isin(known)]
+    made = made.assign(metric="perplexity", value=np.exp(made["value"].astype(float)))
+    return pd.concat([own, made], ignore_index=True) if len(made) else own
+
+
+def _head(metric: str, length: int | None, recipe: Recipe) -> str:
+    head = HEADS.get(metric, metric.replace("_", " ")).format(unit=unit_of(recipe))
     return head if length is None else f"{head} at {length:,}"
 
 
