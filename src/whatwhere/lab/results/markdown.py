@@ -90,7 +90,9 @@ def of_recipe(
     # One metric at many lengths is named once, above the table.
     metrics = {metric for metric, _ in columns}
     by_length = len(columns) > 1 and len(metrics) == 1
-    caption = f"{_head(columns[0][0], None, recipe)} by length:\n\n" if by_length else ""
+    head = _head(columns[0][0], None, recipe)
+    comma = "," if "," in head else ""
+    caption = f"{head[0].upper()}{head[1:]}{comma} by length:\n\n" if by_length else ""
     heads = ["encoding"]
     for metric, length in columns:
         heads.append(f"{length:,}" if by_length else _head(metric, length, recipe))
