@@ -11,9 +11,12 @@ from whatwhere.lab.recipes.schema import (
     EncodingChoice,
     EvaluationSettings,
     Recipe,
-    TrainingSettings,
 )
-from whatwhere.lab.recipes.shared import SMALL, ours
+from whatwhere.lab.recipes.shared import (
+    SMALL,
+    ours,
+    small_training,
+)
 
 ENCODINGS = {
     "rope": EncodingChoice(name="rope"),
@@ -37,14 +40,7 @@ def quick() -> Recipe:
         ),
         data=TextData(tokenizer="bytes", length=256),
         model=SMALL,
-        training=TrainingSettings(
-            steps=600,
-            batch_size=16,
-            learning_rate=1e-3,
-            min_learning_rate=1e-4,
-            warmup_steps=30,
-            beta2=0.99,
-        ),
+        training=small_training(600, 16, warmup_steps=30, beta2=0.99),
         evaluation=EvaluationSettings(
             lengths=(256, 512, 1024, 1536, 2048, 2560), tokens=65536, examples=256
         ),

@@ -9,7 +9,15 @@ from whatwhere.lab.recipes.schema import (
     Recipe,
     TrainingSettings,
 )
-from whatwhere.lab.recipes.shared import POPE, SMALL, figures, ours, rope_and_pope
+from whatwhere.lab.recipes.shared import (
+    LONG,
+    POPE,
+    SMALL,
+    figures,
+    ours,
+    rope_and_pope,
+    small_training,
+)
 
 SHAPE = ModelSettings(hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, dropout=0.1)
 
@@ -32,10 +40,7 @@ def paper() -> Recipe:
             warmup_steps=4000,
             weight_decay=0.01,
             beta2=0.999,
-            compile="default",
-            log_every=50,
-            validate_every=2000,
-            checkpoint_every=2000,
+            **LONG,
         ),
         evaluation=EvaluationSettings(examples=20_000),
         encodings=rope_and_pope("uniform"),
@@ -54,14 +59,7 @@ def quick() -> Recipe:
         ),
         data=TokensData(dataset="genome", length=250),
         model=SMALL,
-        training=TrainingSettings(
-            steps=300,
-            batch_size=8,
-            learning_rate=1e-3,
-            min_learning_rate=1e-4,
-            warmup_steps=20,
-            validation_sequences=64,
-        ),
+        training=small_training(300, 8, validation_sequences=64),
         encodings=rope_and_pope("uniform"),
         ours=ours(SMALL, "uniform"),
     )

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from whatwhere.lab.data.prepared import TokensData
 from whatwhere.lab.recipes.schema import ModelSettings, Recipe, TrainingSettings
-from whatwhere.lab.recipes.shared import POPE, SMALL, figures, ours, rope_and_pope
+from whatwhere.lab.recipes.shared import (
+    LONG,
+    POPE,
+    SMALL,
+    figures,
+    ours,
+    rope_and_pope,
+    small_training,
+)
 
 JSB_SHAPE = ModelSettings(hidden_size=256, num_hidden_layers=6, num_attention_heads=8, dropout=0.2)
 MAESTRO_SHAPE = ModelSettings(
@@ -50,14 +58,7 @@ def jsb_quick() -> Recipe:
         ),
         data=TokensData(dataset="jsb", length=512),
         model=SMALL,
-        training=TrainingSettings(
-            steps=400,
-            batch_size=4,
-            learning_rate=1e-3,
-            min_learning_rate=1e-4,
-            warmup_steps=20,
-            validation_sequences=64,
-        ),
+        training=small_training(400, 4, validation_sequences=64),
         encodings=rope_and_pope("uniform"),
         ours=ours(SMALL, "uniform"),
     )
@@ -81,10 +82,7 @@ def maestro() -> Recipe:
             warmup_steps=500,
             weight_decay=0.01,
             beta2=0.99,
-            compile="default",
-            log_every=50,
-            validate_every=2000,
-            checkpoint_every=2000,
+            **LONG,
         ),
         encodings=rope_and_pope("uniform"),
         ours=ours(MAESTRO_SHAPE, "uniform"),
@@ -102,14 +100,7 @@ def maestro_quick() -> Recipe:
         ),
         data=TokensData(dataset="maestro", length=512, transpose=3),
         model=SMALL,
-        training=TrainingSettings(
-            steps=400,
-            batch_size=4,
-            learning_rate=1e-3,
-            min_learning_rate=1e-4,
-            warmup_steps=20,
-            validation_sequences=64,
-        ),
+        training=small_training(400, 4, validation_sequences=64),
         encodings=rope_and_pope("uniform"),
         ours=ours(SMALL, "uniform"),
     )

@@ -20,7 +20,14 @@ from whatwhere.lab.recipes.schema import (
     Recipe,
     TrainingSettings,
 )
-from whatwhere.lab.recipes.shared import POPE, figures, ours, rope_and_pope
+from whatwhere.lab.recipes.shared import (
+    LONG,
+    POPE,
+    figures,
+    ours,
+    rope_and_pope,
+    small_training,
+)
 
 SHAPES = {
     "124m": ModelSettings(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
@@ -77,10 +84,7 @@ def training(size: str) -> Recipe:
             warmup_steps=1000,
             weight_decay=0.01,
             beta2=0.95,
-            compile="default",
-            log_every=50,
-            validate_every=2000,
-            checkpoint_every=2000,
+            **LONG,
         ),
         evaluation=EvaluationSettings(examples=4000),
         encodings=rope_and_pope(),
@@ -101,14 +105,7 @@ def training_quick(size: str) -> Recipe:
         ),
         data=TextData(tokenizer="bytes", length=128),
         model=shape,
-        training=TrainingSettings(
-            steps=300,
-            batch_size=16,
-            learning_rate=1e-3,
-            min_learning_rate=1e-4,
-            warmup_steps=20,
-            beta2=0.95,
-        ),
+        training=small_training(300, 16, beta2=0.95),
         evaluation=EvaluationSettings(examples=256),
         encodings=rope_and_pope(),
         ours=ours(shape),

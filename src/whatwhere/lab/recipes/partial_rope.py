@@ -23,6 +23,7 @@ from whatwhere.lab.recipes.shared import (
     SMALL,
     ours,
     partial_rope,
+    small_training,
 )
 
 SHAPES = {"pythia-1b": PYTHIA_1B, "llama-1b": LLAMA_1B, "llama-8b": LLAMA_8B}
@@ -114,14 +115,8 @@ def quick(shape: str, edition: str, length: int) -> Recipe:
         ),
         data=TextData(tokenizer="bytes", length=short),
         model=model,
-        training=TrainingSettings(
-            steps=200,
-            batch_size=max(2, 2048 // short),
-            learning_rate=1e-3,
-            min_learning_rate=1e-4,
-            warmup_steps=10,
-            weight_decay=0.1,
-            beta2=0.95,
+        training=small_training(
+            200, max(2, 2048 // short), warmup_steps=10, weight_decay=0.1, beta2=0.95
         ),
         evaluation=EvaluationSettings(lengths=(short,), tokens=32_768, examples=64),
         encodings=encodings(model),

@@ -15,7 +15,13 @@ from whatwhere.lab.recipes.schema import (
     Recipe,
     TrainingSettings,
 )
-from whatwhere.lab.recipes.shared import LLAMA_1B, LLAMA_3B, ROPE_ID, ours
+from whatwhere.lab.recipes.shared import (
+    LLAMA_1B,
+    LLAMA_3B,
+    ROPE_ID,
+    ours,
+    small_training,
+)
 
 SHAPES = {"1b": LLAMA_1B, "3b": LLAMA_3B}
 SMALL_SHAPES = {
@@ -115,14 +121,7 @@ def quick(size: str) -> Recipe:
         ),
         data=TextData(tokenizer="bytes", length=256),
         model=shape,
-        training=TrainingSettings(
-            steps=300,
-            batch_size=8,
-            learning_rate=1e-3,
-            min_learning_rate=1e-4,
-            warmup_steps=20,
-            beta2=0.95,
-        ),
+        training=small_training(300, 8, beta2=0.95),
         evaluation=EvaluationSettings(lengths=(256, 512, 1024), tokens=32_768, examples=128),
         encodings=ENCODINGS,
         ours=ours(shape),

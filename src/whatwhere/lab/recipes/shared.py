@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from whatwhere.lab.recipes.schema import EncodingChoice, ModelSettings, PaperFigure
+from whatwhere.lab.recipes.schema import (
+    EncodingChoice,
+    ModelSettings,
+    PaperFigure,
+    TrainingSettings,
+)
 
 POPE = "arXiv 2509.10534v3"
 ROPE_ID = "arXiv 2603.18017"
@@ -13,38 +18,41 @@ PARTIAL_ROPE = "arXiv 2603.11611"
 PERCENT = (1, 4, 10, 25, 50, 75)
 """Shares of a head that partial encodings rotate, in per cent, besides none and all of it."""
 
-LLAMA_1B = ModelSettings(
-    hidden_size=2048,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    intermediate_size=8192,
-    mlp="swiglu",
-    tie_word_embeddings=False,
-)
-LLAMA_3B = ModelSettings(
-    hidden_size=3072,
-    num_hidden_layers=28,
-    num_attention_heads=24,
-    num_key_value_heads=8,
-    intermediate_size=8192,
-    mlp="swiglu",
-    tie_word_embeddings=False,
-)
-LLAMA_8B = ModelSettings(
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    intermediate_size=14336,
-    mlp="swiglu",
-    tie_word_embeddings=False,
-)
+
+def _llama(width: int, layers: int, heads: int, inner: int = 8192) -> ModelSettings:
+    return ModelSettings(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        intermediate_size=inner,
+        mlp="swiglu",
+        tie_word_embeddings=False,
+    )
+
+
+LLAMA_1B = _llama(2048, 16, 32)
+LLAMA_3B = _llama(3072, 28, 24)
+LLAMA_8B = _llama(4096, 32, 32, inner=14336)
 PYTHIA_1B = ModelSettings(
     hidden_size=2048, num_hidden_layers=16, num_attention_heads=8, tie_word_embeddings=False
 )
 SMALL = ModelSettings(hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
 """What two CPU cores train in minutes."""
+
+LONG: dict[str, Any] = {
+    "compile": "default",
+    "log_every": 50,
+    "validate_every": 2000,
+    "checkpoint_every": 2000,
+}
+"""How trainings of days are compiled, logged and saved."""
+
+
+def small_training(steps: int, batch_size: int, **more: Any) -> TrainingSettings:
+    """How the small models of the quick presets are trained, alike in all of them."""
+    common: dict[str, Any] = {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 20}
+    return TrainingSettings(steps=steps, batch_size=batch_size, **{**common, **more})
 
 
 def head_dim(model: ModelSettings) -> int:

@@ -10,7 +10,12 @@ from whatwhere.lab.recipes.schema import (
     Recipe,
     TrainingSettings,
 )
-from whatwhere.lab.recipes.shared import SMALL, ours
+from whatwhere.lab.recipes.shared import (
+    LONG,
+    SMALL,
+    ours,
+    small_training,
+)
 
 ENCODINGS = {name: EncodingChoice(name=name) for name in ("rope", "yarn", "rope-id", "pope")}
 
@@ -25,14 +30,7 @@ def quick() -> Recipe:
         ),
         data=TextData(tokenizer="bytes", length=128),
         model=SMALL,
-        training=TrainingSettings(
-            steps=1000,
-            batch_size=32,
-            learning_rate=1e-3,
-            min_learning_rate=1e-4,
-            warmup_steps=50,
-            beta2=0.99,
-        ),
+        training=small_training(1000, 32, warmup_steps=50, beta2=0.99),
         evaluation=EvaluationSettings(lengths=(128, 256, 512, 1280), tokens=65536, examples=512),
         encodings=ENCODINGS,
         ours=ours(SMALL),
@@ -58,10 +56,7 @@ def paper() -> Recipe:
             warmup_steps=1000,
             weight_decay=0.01,
             beta2=0.95,
-            compile="default",
-            log_every=50,
-            validate_every=2000,
-            checkpoint_every=2000,
+            **LONG,
         ),
         evaluation=EvaluationSettings(
             lengths=(1024, 2048, 4096, 6144, 8192, 10240), tokens=2**20, yarn="finetune"
