@@ -286,7 +286,7 @@ def test_a_number_with_an_exponent_is_a_number_in_options_too() -> None:
 
 
 def test_unknown_names_are_answered_with_the_known() -> None:
-    with pytest.raises(ValueError, match=r"did you mean 'text'.*indirect-indexing"):
+    with pytest.raises(ValueError, match=r"did you mean 'text'.*whatwhere recipes"):
         recipes.get("txt")
     with pytest.raises(ValueError, match="no preset 'papers': expected one of quick, paper"):
         recipes.get("text", "papers")

@@ -89,7 +89,7 @@ def test_page_needs_nothing_but_itself(whole: Path) -> None:
     tags = [tag for tag, _ in page.elements]
     assert not {"script", "link", "iframe", "object"} & set(tags)
     images = [attrs for tag, attrs in page.elements if tag in ("img", "source")]
-    assert len(images) == 6
+    assert len(images) == 8
     for attrs in images:
         address = attrs.get("src") or attrs["srcset"]
         assert address and address.startswith("data:image/svg+xml;base64,")
@@ -103,7 +103,7 @@ def test_page_needs_nothing_but_itself(whole: Path) -> None:
 
 def test_figures_lie_beside_the_page_and_nothing_unfinished_does(whole: Path) -> None:
     names = {path.name for path in whole.parent.iterdir() if path.is_file()}
-    stems = ("loss_by_length", "loss_by_position", "training_curves")
+    stems = ("loss_by_length", "perplexity_by_length", "loss_by_position", "training_curves")
     figures = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
     assert names == figures | {"report.html", "results.csv", "settings.yaml"}
 
@@ -182,7 +182,7 @@ def test_partial_results_are_shown_and_what_is_missing_named(tmp_path: Path) -> 
     assert page.row("PoPE") == ["–"] * 7
     assert page.row("NoPE seed 0", 1)[:2] == ["400", "1 min 0 s 150 ms a step"]
     images = [attrs["alt"] for tag, attrs in page.elements if tag == "img"]
-    assert len(images) == 3
+    assert len(images) == 4
 
 
 @pytest.mark.parametrize("state", [None, "stopped", "trained"])
