@@ -62,7 +62,9 @@ def draw_metric(
         style = styling[str(label)]
         seeds = factor * table.loc[table["encoding"] == label, "value"]
         if len(seeds) > 1:
-            axes.plot(seeds, [row] * len(seeds), ".", color=style.colour, alpha=0.45, zorder=3)
+            # Beside the bar, which would hide them.
+            below = [row - 0.18] * len(seeds)
+            axes.plot(seeds, below, ".", color=style.colour, alpha=0.8, zorder=3)
             axes.errorbar(mean, row, xerr=deviation, color=style.colour, capsize=3, zorder=3)
         axes.plot(mean, row, style.marker, color=style.colour, markersize=9, zorder=4)
         if label in known:
