@@ -6,13 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.table import Table
+from torch import Tensor
 
 from whatwhere.lab import runs, storage
-from whatwhere.lab.data import TextData, TextTask, make_task, read_tokens, spaced_windows
+from whatwhere.lab.data import (
+    IndirectIndexingData,
+    TextTask,
+    TokensTask,
+    make_task,
+    read_tokens,
+    spaced_windows,
+)
 from whatwhere.lab.evaluate import (
     LengthLoss,
     length_loss,
@@ -102,8 +109,7 @@ def extrapolate(
         raise ValueError(f"lengths: expected integers of at least 2, got {list(lengths)}")
     if tokens < 1:
         raise ValueError(f"tokens: expected at least 1, got {tokens}")
-    stream = _tokens(subject, texts)
-    windows = {n: spaced_windows(stream, n, max(1, min(tokens, len(stream)) // n)) for n in wanted}
+    windows = _windows(subject, texts, wanted, tokens)
     model = load_model(subject.model).eval()
     limit = longest(model)
     if limit is not None and wanted[-1] > limit:
@@ -170,19 +176,30 @@ def _subject_of_run(folder: Path) -> Subject:
     run = runs.load_run(folder)
     if not run.trained:
         raise ValueError(f"{folder} holds no trained model: no done.json is in it")
-    if not isinstance(run.config.data, TextData):
-        raise ValueError(f"{folder} was trained on {run.config.data.task}: only text has lengths")
-    return Subject(run.model, run.config.data.tokenizer, run.config.data.length, run)
+    data = run.config.data
+    if isinstance(data, IndirectIndexingData):
+        raise ValueError(f"{folder} was trained on {data.task}: only texts have lengths")
+    tokenizer = data.tokenizer or str(runs.load_record(folder)["data"]["tokenizer"])
+    return Subject(run.model, tokenizer, data.length, run)
 
 
-def _tokens(subject: Subject, texts: Sequence[str]) -> Any:
+def _windows(
+    subject: Subject, texts: Sequence[str], lengths: Sequence[int], tokens: int
+) -> dict[int, Tensor]:
     if texts:
-        return read_tokens(tuple(texts), subject.tokenizer)
+        stream = read_tokens(tuple(texts), subject.tokenizer)
+        size = min(tokens, len(stream))
+        return {n: spaced_windows(stream, n, max(1, size // n)) for n in lengths}
     if subject.run is None:
         raise ValueError("text: this model is not of a run, so name a text with --text")
     task = make_task(subject.run.config.data)
-    assert isinstance(task, TextTask)
-    return task.validation_tokens
+    assert isinstance(task, TextTask | TokensTask)
+    return {n: task.windows(n, max(1, _at_most(task, tokens) // n)) for n in lengths}
+
+
+def _at_most(task: TextTask | TokensTask, tokens: int) -> int:
+    # Windows of a short text would overlap.
+    return min(tokens, len(task.validation_tokens)) if isinstance(task, TextTask) else tokens
 
 
 def _predicted(found: LengthLoss) -> int:

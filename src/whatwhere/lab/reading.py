@@ -16,6 +16,7 @@ from whatwhere.lab.data import (
     read_tokens,
     spaced_windows,
 )
+from whatwhere.lab.data.catalogue import takes_tokenizer
 from whatwhere.lab.data.prepared import open_tokens
 from whatwhere.lab.recipes.schema import EvaluationSettings
 
@@ -90,11 +91,14 @@ def reading_of(settings: EvaluationSettings, task: Task) -> Reading | None:
         return None
     if not settings.dataset and not settings.paths:
         return _OfTask(task)
-    tokenizer = task.tokenizer_name
     if not settings.dataset:
-        return _OfFiles(settings.paths, tokenizer)
+        return _OfFiles(settings.paths, task.tokenizer_name)
     data = TokensData(
-        dataset=settings.dataset, paths=settings.paths, tokenizer=tokenizer, layout="stream"
+        dataset=settings.dataset,
+        paths=settings.paths,
+        # Sets that are no text have a tokenizer of their own.
+        tokenizer=task.tokenizer_name if takes_tokenizer(settings.dataset) else None,
+        layout="stream",
     )
     other = open_tokens(data)
     if other.vocab_size != task.vocab_size:

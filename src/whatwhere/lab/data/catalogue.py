@@ -85,6 +85,11 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown data set {name!r}{hint}: expected one of {', '.join(CORPORA)}")
 
 
+def takes_tokenizer(name: str) -> bool:
+    """Whether a data set is text, which any tokenizer reads; others have one of their own."""
+    return name not in _MODULES
+
+
 def origin(name: str) -> tuple[str, str]:
     """The licence of a data set, and where it comes from."""
     if name in HUB:

@@ -70,7 +70,10 @@ def unit_of(recipe: Recipe | RunConfig) -> str:
     """The unit of a recipe's losses: nats per byte, per token, or per target of a question."""
     if isinstance(recipe.data, IndirectIndexingData):
         return "nats per target"
-    return "nats per byte" if recipe.data.tokenizer == "bytes" else "nats per token"
+    data = recipe.data
+    # Text without a tokenizer of its own is read as bytes.
+    own = data.task == "tokens" and data.dataset == "text" and data.tokenizer is None
+    return "nats per byte" if own or data.tokenizer == "bytes" else "nats per token"
 
 
 def _page(comparison: Comparison, folder: Path) -> str:
