@@ -2,8 +2,8 @@
 
     python benchmarks/plan.py
 
-The quick preset of every recipe, each of its encodings, on random tokens of its batch's shape:
-bytes of weights, gradients and AdamW; bytes that autograd saves for the backward pass; and the
+The quick preset of a recipe of each kind, each of its encodings, on random tokens of its batch's
+shape: bytes of weights, gradients and AdamW; bytes that autograd saves for the backward pass; and the
 most that is allocated at any time of the step, which on a CPU PyTorch's profiler adds up and on a
 GPU its allocator knows. Writes results/plan.csv and the table of docs/plan.md.
 """
@@ -11,7 +11,7 @@ GPU its allocator knows. Writes results/plan.csv and the table of docs/plan.md.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,11 @@ from whatwhere.lab.plan.vocabulary import length_of, vocabulary_of
 from whatwhere.lab.recipes import EncodingChoice, Recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
+# One of each kind; the other sizes, lengths and data sets differ in their numbers alone.
+KINDS = (
+    *("text", "books", "indirect-indexing", "jsb", "maestro", "genome", "openwebtext-124m"),
+    *("ablation-124m", "rope-id-1b", "partial-rope-pythia-1b-2048", "partial-rope-llama-1b-2048"),
+)
 MARKS = ("<!-- measured: benchmarks/plan.py -->", "<!-- end -->")
 
 
@@ -50,16 +55,14 @@ class Case:
     step: Step
 
 
-def cases(device: str, width: int) -> Iterator[Case]:
-    """Every encoding of every recipe that is trained from nothing.
+def cases(device: str, width: int, names: Sequence[str]) -> Iterator[Case]:
+    """Every encoding of these recipes that is trained from nothing.
 
     By the backend that is taken, with and without checkpointing, and by PyTorch's own kernel,
     which a GPU takes where nothing was measured.
     """
     title = torch.cuda.get_device_name() if device == "cuda" else ""
-    for name in recipes.names():
-        if "quick" not in recipes.presets(name):
-            continue
+    for name in names:
         recipe = recipes.get(name, "quick")
         sizes = Sizes(vocabulary_of(recipe.data), length_of(recipe.data))
         for label, choice in recipe.encodings.items():
@@ -143,10 +146,10 @@ def document(rows: list[dict[str, str]]) -> None:
     PAGE.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
-def main(device: str = "cpu", bf16: bool = False) -> None:
+def main(device: str = "cpu", bf16: bool = False, names: tuple[str, ...] = KINDS) -> None:
     """Measure. Another device or precision than a CPU's float32 is printed alone."""
     rows = []
-    for case in cases(device, 2 if bf16 else 4):
+    for case in cases(device, 2 if bf16 else 4, names):
         rows.append(measure(case))
         print(*rows[-1].values(), sep="\t", flush=True)
     if device == "cpu" and not bf16:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from whatwhere.lab.errors import user_errors
-from whatwhere.lab.results import markdown, store
+from whatwhere.lab.results import store
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Results:
 
     def run(self) -> None:
         """Add, write, and say what there is."""
+        from whatwhere.lab.results import markdown
+
         with user_errors():
             if self.folders:
                 new, old = store.add(self.file, self.folders)
