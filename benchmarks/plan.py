@@ -3,9 +3,9 @@
     python benchmarks/plan.py
 
 The quick preset of a recipe of each kind, each of its encodings, on random tokens of its batch's
-shape: bytes of weights, gradients and AdamW; bytes that autograd saves for the backward pass; and the
-most that is allocated at any time of the step, which on a CPU PyTorch's profiler adds up and on a
-GPU its allocator knows. Writes results/plan.csv and the table of docs/plan.md.
+shape: bytes of weights, gradients and AdamW; bytes that autograd saves for the backward pass; and
+the most that is allocated at any time of the step, which on a CPU PyTorch's profiler adds up and
+on a GPU its allocator knows. Writes results/plan.csv and the table of docs/plan.md.
 """
 
 from __future__ import annotations
