@@ -11,7 +11,8 @@ import pytest
 from tiny import recipe, text
 
 from whatwhere.lab import planning, runs
-from whatwhere.lab.compare import Comparison, evaluate_again
+from whatwhere.lab.compare import Comparison, choose, evaluate_again
+from whatwhere.lab.extrapolate import find_subject
 from whatwhere.lab.recipes import Recipe
 
 
@@ -99,11 +100,61 @@ def test_choosing_a_fine_tuned_encoding_brings_its_source(tmp_path: Path) -> Non
     assert planned[1].source == runs.plan(chosen, "pope", 0, tmp_path / "trainer")
 
 
-def test_a_source_that_is_not_there_is_named() -> None:
-    made = recipe("a.txt", encodings={"x": {"name": "pope", "finetune_from": "pope"}})
-    with pytest.raises(ValueError, match="'x': finetune_from='pope' is none of"):
-        planning.with_sources(made)
-        planning.plan_one(made, "x", 0, Path("runs"))
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("nothere", "'x': finetune_from='nothere' is none of"),
+        ("x", "'x': finetune_from='x' is not trained from the start"),
+        ("yarn", "'x': finetune_from='yarn' is not trained from the start"),
+        ("tuned", "'x': finetune_from='tuned' is not trained from the start"),
+    ],
+)
+def test_a_source_must_be_trained_from_the_start(source: str, said: str) -> None:
+    encodings = {
+        "pope": {"name": "pope"},
+        "yarn": {"name": "yarn"},
+        "tuned": {"name": "pope", "finetune_from": "pope"},
+        "x": {"name": "pope", "finetune_from": source},
+    }
+    with pytest.raises(ValueError, match=said):
+        recipe("a.txt", encodings=encodings)
+
+
+def test_the_folder_of_the_trainer_is_not_that_of_the_reader(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="choose another name"):
+        Comparison(reader(text(tmp_path)), tmp_path / "trainer")
+    assert not (tmp_path / "trainer").exists()
+
+
+def test_folders_are_found_from_within_and_borrowed_weights_from_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = text(tmp_path), tmp_path / "runs" / "reader"
+    out.mkdir(parents=True)
+    monkeypatch.chdir(out)
+    Comparison(choose(reader(path), ["pope"]), Path()).run()
+    assert (tmp_path / "runs" / "trainer" / "pope-seed0" / "done.json").exists()
+    assert not (out / "trainer").exists()
+    subject = find_subject(out / "pope-seed0")
+    assert subject.model.resolve() == tmp_path / "runs" / "trainer" / "pope-seed0" / "model"
+
+
+def test_another_text_is_measured_again(tmp_path: Path) -> None:
+    path, out = text(tmp_path), tmp_path / "runs"
+    other = tmp_path / "other.txt"
+    other.write_text("what is where " * 200)
+    made = recipe(path, evaluation={"paths": [str(other)]}, training={"steps": 2})
+    Comparison(made, out).run()
+    first = pd.read_csv(out / "results.csv")
+    other.write_text("nothing of that kind " * 200)
+    Comparison(made, out).run()
+    second = pd.read_csv(out / "results.csv")
+    for table in (first, second):
+        assert len(table[table["metric"] == "loss"]) == 2
+    assert not first.equals(second)
+    stamp = (out / "pope-seed0" / "results.csv").stat().st_mtime_ns
+    Comparison(made, out).run()
+    assert (out / "pope-seed0" / "results.csv").stat().st_mtime_ns == stamp
 
 
 def test_a_record_cannot_lead_out_of_its_folders(tmp_path: Path) -> None:

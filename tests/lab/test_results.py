@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from whatwhere.cli import main
 from whatwhere.lab import recipes, storage
+from whatwhere.lab.recipes import PaperFigure
 from whatwhere.lab.results import markdown, store
 
 NAME, PRESET = "openwebtext-124m", "quick"
@@ -75,6 +76,11 @@ def test_only_recipes_as_they_are_shipped_are_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training\.steps: 300 -> 5"):
         store.add(path, [folder])
     assert not path.exists()
+    fewer = shipped.evaluation.model_copy(update={"examples": 1})
+    changed = shipped.model_copy(update={"evaluation": fewer})
+    storage.write_text(folder / "settings.yaml", recipes.to_yaml(changed))
+    with pytest.raises(ValueError, match=r"evaluation\.examples: 256 -> 1"):
+        store.add(path, [folder])
     storage.write_text(
         folder / "settings.yaml",
         recipes.to_yaml(shipped.model_copy(update={"name": "mine", "preset": None})),
@@ -115,6 +121,43 @@ def test_tables_hold_what_was_run_and_say_what_was_not(tmp_path: Path) -> None:
     assert (
         "| `indirect-indexing` | PoPE | accuracy, % | 94.82 ± 2.91 | not run here |" in everything
     )
+
+
+def test_figures_of_a_paper_are_the_packages_not_the_folders(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {"rope": [5.0]})
+    shipped = recipes.get(NAME, PRESET)
+    made_up = {"rope": {"perplexity": PaperFigure(value=99.0, source="me")}}
+    storage.write_text(
+        folder / "settings.yaml", recipes.to_yaml(shipped.model_copy(update={"paper": made_up}))
+    )
+    assert all(math.isnan(row["paper_value"]) for row in store.rows_of(folder))
+
+
+def test_perplexities_at_lengths_are_of_the_text_that_lengths_are_measured_on() -> None:
+    rows = [
+        ("rope", 0, "perplexity", 1024, 21.55),  # of the validation split
+        ("rope", 0, "loss", 1024, math.log(30.0)),
+        ("rope", 0, "loss", 2048, math.log(40.0)),
+        ("pope", 0, "loss", 1024, math.log(29.0)),
+    ]
+    table = pd.DataFrame(rows, columns=["encoding", "seed", "metric", "length", "value"])
+    table = table.assign(recipe="pg19-124m", preset="paper", device="d", versions="torch 2.13.0")
+    text = markdown.of_recipe(
+        table, "pg19-124m", "paper", [("perplexity", 1024), ("perplexity", 2048)]
+    )
+    assert "| RoPE | 30.00 | 40.00 |" in text and "| PoPE | 29.00 | not run here |" in text
+    whole = markdown.of_recipe(table, "pg19-124m", "paper", [("perplexity", None)])
+    assert "| RoPE | 21.55 |" in whole
+
+
+def test_a_digest_of_digits_stays_a_digest(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    store.add(path, [folder_of(tmp_path, {"rope": [5.0]})])
+    path.write_text(path.read_text().replace("0123456789ab", "012345678901"))
+    assert set(store.load(path)["data"]) == {"012345678901"}
+    path.write_text('a,b\n"1,2\n')
+    with pytest.raises(ValueError, match=r"results\.csv: "):
+        store.load(path)
 
 
 def test_marked_tables_are_written_in_place(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from tiny import recipe, text
 
 from whatwhere.lab.compare import Comparison
-from whatwhere.lab.harness.paper import TASKS
+from whatwhere.lab.harness.paper import LONGBENCH, TASKS
 from whatwhere.lab.recipes.schema import EvaluationSettings
 from whatwhere.lab.task_scores import check_tasks, scores_of, task_data
 
@@ -26,17 +28,44 @@ def test_rows_of_the_harness_become_scores() -> None:
         ("piqa", "", "acc_norm", 0.6),
         ("lambada_openai", "", "perplexity", 12.0),
         ("blimp_wh_island", "blimp", "acc", 0.7),
-        ("ruler", "", "4096", 0.4),
-        ("ruler", "", "8192", 0.2),
-        ("longbench", "", "score", 0.1),
     )
-    assert scores_of(table, 16384) == [
-        ("piqa_acc", 16384, 0.5),
-        ("piqa_acc_norm", 16384, 0.6),
-        ("ruler_accuracy", 4096, 0.4),
-        ("ruler_accuracy", 8192, 0.2),
-        ("longbench_score", 16384, 0.1),
+    assert scores_of(table, 16384) == [("piqa_acc", 16384, 0.5), ("piqa_acc_norm", 16384, 0.6)]
+
+
+def test_ruler_is_the_mean_over_its_tasks_at_each_length() -> None:
+    # The harness's group aggregates 4,096 alone, whatever lengths were asked for.
+    table = rows(
+        ("ruler", "", "4096", 0.9),
+        ("niah_single_1", "ruler", "4096", 0.4),
+        ("ruler_vt", "ruler", "4096", 0.2),
+        ("niah_single_1", "ruler", "8192", 0.1),
+        ("ruler_vt", "ruler", "8192", 0.3),
+    )
+    assert scores_of(table, 8192) == [
+        ("ruler_accuracy", 4096, pytest.approx(0.3)),
+        ("ruler_accuracy", 8192, pytest.approx(0.2)),
     ]
+    alone = rows(("niah_single_1", "", "8192", 0.1))
+    assert scores_of(alone, 8192) == [("niah_single_1_accuracy", 8192, 0.1)]
+
+
+def test_longbench_is_the_mean_over_the_english_tasks() -> None:
+    assert len(LONGBENCH) == 14
+    table = rows(*((task, "", "score", 0.1 * n) for n, task in enumerate(LONGBENCH)))
+    assert scores_of(table, 16384)[-1] == ("longbench_score", 16384, pytest.approx(0.65))
+    assert all(name != "longbench_score" for name, _, _ in scores_of(table[1:], 16384))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tasks": ("piqa",), "task_lengths": (4096,)}, "only RULER makes its prompts"),
+        ({"tasks": ("ruler",), "task_lengths": (512,)}, "RULER has 4096|needs wonderwords"),
+    ],
+)
+def test_lengths_that_no_task_has_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_tasks(EvaluationSettings(**settings))
 
 
 def test_the_mean_of_the_papers_six_tasks_needs_all_six() -> None:
@@ -67,7 +96,9 @@ def test_the_folder_of_the_environment_stands_in(
 
 
 @pytest.mark.slow
-def test_a_comparison_is_scored_and_resumed(tmp_path: Path, data_dir: Path) -> None:
+def test_a_comparison_is_scored_and_resumed(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {
         "lengths": [],
         "tasks": ["piqa"],
@@ -91,3 +122,13 @@ def test_a_comparison_is_scored_and_resumed(tmp_path: Path, data_dir: Path) -> N
     longer = recipe(text(tmp_path), evaluation=settings | {"task_limit": 1}, training={"steps": 2})
     Comparison(longer, out).run()
     assert len(list(out.glob("pope-seed0/harness/*/piqa/task.json"))) == 2
+    # As the first of two processes does it: by a program of its own, with the same scores.
+    monkeypatch.setattr("whatwhere.lab.task_scores.process_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for folder in out.glob("pope-seed0/harness/*"):
+        shutil.rmtree(folder)
+    before = pd.read_csv(out / "results.csv").set_index("metric")["value"]
+    (out / "pope-seed0" / "results.csv").unlink()
+    Comparison(longer, out).run()
+    after = pd.read_csv(out / "results.csv").set_index("metric")["value"]
+    assert after["piqa_acc"] == before["piqa_acc"]

@@ -22,7 +22,7 @@ from whatwhere.lab.planning import (
     with_sources,
 )
 from whatwhere.lab.process import is_main_process
-from whatwhere.lab.reading import Reading, reading_of
+from whatwhere.lab.reading import READING, Reading, reading_of
 from whatwhere.lab.recipes.files import to_yaml
 from whatwhere.lab.recipes.schema import EncodingChoice, Recipe
 from whatwhere.lab.runs import Run
@@ -97,18 +97,31 @@ class Comparison:
             return None
         known = name in recipes.names() and self.recipe.preset in recipes.presets(name)
         base = recipes.get(name, self.recipe.preset or "quick") if known else None
-        return Comparison(trainer_of(self.recipe, base), self.folder.parent / name)
+        place = self.folder.absolute().parent / name
+        if place == self.folder.absolute():
+            raise ValueError(
+                f"output: {self.folder} is the folder of recipe {name!r}, which trains the models "
+                "that this one reads: choose another name"
+            )
+        return Comparison(trainer_of(self.recipe, base), place)
 
     def _one(self, planned: Planned) -> None:
         run, say = planned.run, Console().print
         runs.claim(run, self.description, planned.source, planned.how)
-        if run.evaluated:
+        if run.evaluated and not self._read_another_text(run):
             say(f"{run.folder.name}  done before", highlight=False)
             return
         self._train(planned)
         for note in evaluate(run, self.task, planned.lender, self.reading):
             say(f"{run.folder.name}  {note}", highlight=False)
         self._merge()
+
+    def _read_another_text(self, run: Run) -> bool:
+        # Whether its losses by length are of a text that has changed since.
+        known = run.folder / READING
+        if self.reading is None or not known.exists():
+            return False
+        return bool(storage.read_json(known) != self.reading.describe())
 
     def _train(self, planned: Planned) -> None:
         run = planned.run

@@ -17,7 +17,7 @@ from whatwhere.lab import runs, storage
 from whatwhere.lab.data import Batch, IndirectIndexingTask, Task
 from whatwhere.lab.data.base import IGNORED
 from whatwhere.lab.pretrained import Source
-from whatwhere.lab.reading import Reading
+from whatwhere.lab.reading import READING, Reading
 from whatwhere.lab.runs import Run
 from whatwhere.lab.task_scores import task_scores
 
@@ -180,7 +180,7 @@ def evaluate(
         values += [("loss", found.length, found.loss) for found in losses]
         if losses:
             write_positions(run.positions, max(losses, key=lambda found: found.length))
-        storage.write_json(run.folder / "reading.json", reading.describe())
+        storage.write_json(run.folder / READING, reading.describe())
     values += _costs(run, model, task)
     values += task_scores(run, weights, task, model)
     storage.write_rows(run.results, run.rows(values), runs.COLUMNS)

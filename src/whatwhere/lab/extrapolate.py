@@ -173,13 +173,16 @@ def table(found: Sequence[LengthLoss], subject: Subject) -> Table:
 
 
 def _subject_of_run(folder: Path) -> Subject:
-    run = runs.load_run(folder)
+    run, record = runs.load_run(folder), runs.load_record(folder)
+    source = runs.source_folder(folder, record)
+    if source is not None and record.get("how") == "borrow" and run.config.encoding.name != "yarn":
+        run = runs.load_run(source)  # trained by another recipe
     if not run.trained:
         raise ValueError(f"{folder} holds no trained model: no done.json is in it")
     data = run.config.data
     if isinstance(data, IndirectIndexingData):
         raise ValueError(f"{folder} was trained on {data.task}: only texts have lengths")
-    tokenizer = data.tokenizer or str(runs.load_record(folder)["data"]["tokenizer"])
+    tokenizer = data.tokenizer or str(record["data"]["tokenizer"])
     return Subject(run.model, tokenizer, data.length, run)
 
 

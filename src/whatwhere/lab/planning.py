@@ -83,7 +83,7 @@ def choose(recipe: Recipe, labels: Iterable[str]) -> Recipe:
     for choice in list(chosen.values()):  # what one is fine-tuned from is needed, too
         source = choice.finetune_from
         if source is not None and source not in chosen:
-            chosen = {source: recipe.encodings[source], **chosen}
+            chosen = {source: own[source], **chosen}
     return recipe.model_copy(update={"encodings": chosen})
 
 
@@ -135,7 +135,7 @@ def plan_one(settings: Recipe, label: str, seed: int, folder: Path) -> Planned:
     source_label = _source_label(settings, label)
     # Trained by another recipe: its folder lies beside this one's.
     trainer = settings.trained_by
-    place = folder.parent / trainer if trainer else folder
+    place = folder.absolute().parent / trainer if trainer else folder
     if source_label is None:
         if trainer is None:
             return Planned(run)
@@ -233,11 +233,6 @@ def _source_label(recipe: Recipe, label: str) -> str | None:
     # The encoding whose run this one is made from.
     choice = recipe.encodings[label]
     if choice.finetune_from is not None:
-        if choice.finetune_from not in recipe.encodings:
-            raise ValueError(
-                f"encoding {label!r}: finetune_from={choice.finetune_from!r} is none of the "
-                f"recipe's encodings {', '.join(recipe.encodings)}"
-            )
         return choice.finetune_from
     return _rope_label(recipe, label) if choice.name == "yarn" else None
 

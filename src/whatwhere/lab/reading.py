@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from whatwhere.lab.data import (
@@ -19,6 +21,9 @@ from whatwhere.lab.data import (
 from whatwhere.lab.data.catalogue import takes_tokenizer
 from whatwhere.lab.data.prepared import open_tokens
 from whatwhere.lab.recipes.schema import EvaluationSettings
+
+READING = "reading.json"
+"""Record of a run's text."""
 
 
 class Reading(ABC):
@@ -69,6 +74,7 @@ class _OfFiles(Reading):
             "source": ", ".join(self.paths),
             "tokenizer": self.tokenizer,
             "tokens": len(self.tokens),
+            "sha256": hashlib.sha256(np.ascontiguousarray(self.tokens).data).hexdigest(),
         }
 
 
@@ -92,6 +98,11 @@ def reading_of(settings: EvaluationSettings, task: Task) -> Reading | None:
     if not settings.dataset and not settings.paths:
         return _OfTask(task)
     if not settings.dataset:
+        if isinstance(task, TokensTask) and not takes_tokenizer(task.data.dataset):
+            raise ValueError(
+                f"evaluation.paths: the task is {task.data.dataset}, which is no text: name "
+                f"--evaluation.dataset {task.data.dataset}, too"
+            )
         return _OfFiles(settings.paths, task.tokenizer_name)
     data = TokensData(
         dataset=settings.dataset,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,24 @@ from rich.console import Console
 from whatwhere.lab import storage
 from whatwhere.lab.data import Task, TextTask, TokensTask
 from whatwhere.lab.data.raw import DATA_VARIABLE
+from whatwhere.lab.harness.paper import LONGBENCH, TASKS
+from whatwhere.lab.harness.rows import NAME
+from whatwhere.lab.harness.settings import Settings
+from whatwhere.lab.process import process_count
 from whatwhere.lab.recipes.schema import EvaluationSettings
 from whatwhere.lab.runs import Run
 
 Score = tuple[str, int, float]
 """Metric, length in tokens, value."""
+
+GENERATED = ("ruler", "niah")
+"""Beginnings of the names of tasks that make their prompts."""
+
+OF_LAUNCHERS = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
+"""What torchrun tells its processes."""
 
 KEPT = ("acc", "acc_norm", "exact_match", "score")
 """Metrics of the harness that become results."""
@@ -34,17 +50,23 @@ def check_tasks(settings: EvaluationSettings) -> None:
     """
     if not settings.tasks:
         return
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "evaluation.tasks: the harness is needed: pip install 'whatwhere[eval]'"
-        ) from None
+    _need("lm_eval", "the harness is needed: pip install 'whatwhere[eval]'")
+    generated = [name for name in settings.tasks if name.startswith(GENERATED)]
+    if generated:
+        for package in ("wonderwords", "nltk"):
+            _need(package, f"{generated[0]} needs {package}: pip install 'lm_eval[ruler]'")
+    elif settings.task_lengths:
+        raise ValueError("evaluation.task_lengths: only RULER makes its prompts")
     data = task_data(settings)
     if data is not None and not data.is_dir():
         raise ValueError(f"evaluation.task_data: {data} is no folder")
     from whatwhere.lab.harness import running
+    from whatwhere.lab.harness.catalog import RULER_LENGTHS
 
+    wrong = [length for length in settings.task_lengths if length not in RULER_LENGTHS]
+    if wrong:
+        offered = ", ".join(map(str, RULER_LENGTHS))
+        raise ValueError(f"evaluation.task_lengths: RULER has {offered}, not {wrong[0]}")
     try:
         running.check_data(settings.tasks, data)
     except ValueError as error:
@@ -80,7 +102,7 @@ def task_scores(run: Run, weights: Run, task: Task, model: Any) -> list[Score]:
     if run is weights or run.config.encoding.name != "yarn":
         return _scores(str(weights.folder), settings, place, settings.task_lengths, task.length)
     found: list[Score] = []
-    for length in settings.task_lengths or (task.length,):
+    for length in settings.task_lengths or (settings.task_max_length or task.length,):
         factor = max(1.0, length / task.length)
         model.set_position_encoding("yarn", **run.config.encoding.options, factor=factor)
         with storage.new_folder(run.folder / "stretched") as folder:
@@ -103,8 +125,8 @@ def _scores(
     train_length: int,
 ) -> list[Score]:
     from whatwhere.lab.harness import running
-    from whatwhere.lab.harness.settings import Settings
 
+    longest = settings.task_max_length or max((*lengths, train_length))
     given = Settings(
         model=model,
         tasks=settings.tasks,
@@ -112,7 +134,7 @@ def _scores(
         lengths=lengths,
         limit=settings.task_limit,
         # RULER's prompts are made for lengths beyond the training length.
-        max_length=settings.task_max_length or max((*lengths, train_length)),
+        max_length=longest,
         bootstrap=0,
     )
     # Other settings have a folder of their own: what was measured with these is kept.
@@ -124,33 +146,75 @@ def _scores(
         Console().print(f"{output.parent.name}  {line}", highlight=False, soft_wrap=True)
 
     try:
-        rows = running.run(given, say)
-    except ValueError as error:  # what could be known before training was
+        rows = running.run(given, say) if process_count() == 1 else _apart(given, folder)
+    except ValueError as error:  # what could not be known before training was
         raise storage.RunError(f"{output.parent}: {error}; its weights are kept") from error
-    return scores_of(rows, max((*lengths, train_length)))
+    return scores_of(rows, longest)
+
+
+def _apart(given: Settings, folder: Path) -> pd.DataFrame:
+    # With several processes the harness would gather over all of them, but one evaluates: it
+    # runs as a program of its own that knows nothing of the others.
+    options = {
+        "--tasks": ",".join(given.tasks),
+        "--data": given.data,
+        "--lengths": ",".join(map(str, given.lengths)),
+        "--limit": given.limit,
+        "--max-length": given.max_length,
+        "--bootstrap": given.bootstrap,
+        "--output": folder,
+    }
+    command = [sys.executable, "-m", "whatwhere.cli", "evaluate", given.model]
+    for name, value in options.items():
+        if value is not None and value != "":
+            command += [name, str(value)]
+    alone = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OF_LAUNCHERS and not name.startswith(("TORCHELASTIC_", "ACCELERATE_"))
+    }
+    done = subprocess.run(command, env=alone, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ValueError(last.removeprefix("whatwhere: "))
+    return pd.read_csv(folder / NAME, keep_default_na=False)
 
 
 def scores_of(rows: pd.DataFrame, length: int) -> list[Score]:
     """Rows of harness.csv as scores.
 
-    RULER's metrics are prompt lengths; other tasks are read at `length`. The mean over the PoPE
-    paper's six tasks is `zero_shot_accuracy`.
+    RULER's metrics are prompt lengths, each the mean over its tasks: the harness's own group
+    aggregates 4,096 alone. Other tasks are read at `length`. Means over the PoPE paper's six
+    tasks and over the 14 of LongBench are `zero_shot_accuracy` and `longbench_score`.
     """
-    from whatwhere.lab.harness.paper import TASKS
-
     found: list[Score] = []
-    for row in rows[rows["group"] == ""].to_dict("records"):
-        metric, value = str(row["metric"]), float(row["value"])
+    prompts: dict[tuple[str, int], list[float]] = {}
+    for row in rows.to_dict("records"):
+        metric, value, task = str(row["metric"]), float(row["value"]), str(row["task"])
+        group = str(row["group"] or "")
         if metric.isdecimal():
-            found.append((f"{row['task']}_accuracy", int(metric), value))
-        elif metric in KEPT:
-            found.append((f"{row['task']}_{metric}", length, value))
+            name = group or task
+            if group or not (rows["group"] == task).any():
+                prompts.setdefault((name, int(metric)), []).append(value)
+        elif metric in KEPT and not group:
+            found.append((f"{task}_{metric}", length, value))
+    found += [
+        (f"{name}_accuracy", n, sum(values) / len(values)) for (name, n), values in prompts.items()
+    ]
     known = {name: value for name, _, value in found}
-    six = [known.get(f"{task}_{metric}") for task, metric in TASKS.items()]
-    present = [value for value in six if value is not None]
-    if len(present) == len(six):
-        found.append(("zero_shot_accuracy", length, sum(present) / len(present)))
+    means = {
+        "zero_shot_accuracy": [f"{task}_{metric}" for task, metric in TASKS.items()],
+        "longbench_score": [f"{task}_score" for task in LONGBENCH],
+    }
+    for name, parts in means.items():
+        if known.keys() >= set(parts):
+            found.append((name, length, sum(known[part] for part in parts) / len(parts)))
     return found
+
+
+def _need(package: str, line: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"evaluation.tasks: {line}")
 
 
 def _save_tokenizer(task: Task, folder: Path) -> None:

@@ -19,3 +19,14 @@ MEANS = {
 }
 """Mean accuracy in % over the six tasks, BLiMP and CBT as means over their sub-tasks; its
 figures of single tasks are not at hand."""
+
+LONGBENCH = tuple(
+    f"longbench_{name}"
+    for name in (
+        *("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"),
+        *("gov_report", "qmsum", "multi_news", "trec", "triviaqa", "samsum"),
+        *("passage_count", "passage_retrieval_en"),
+    )
+)
+"""The 14 English tasks of LongBench, of which the RoPE-ID paper (arXiv 2603.18017) gives the mean:
+all that are neither Chinese nor code. It does not list them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from whatwhere.lab.data.prepared import TokensData
 from whatwhere.lab.recipes.schema import (
-    EvaluationSettings,
     ModelSettings,
     Recipe,
     TrainingSettings,
@@ -42,7 +41,6 @@ def paper() -> Recipe:
             beta2=0.999,
             **LONG,
         ),
-        evaluation=EvaluationSettings(examples=20_000),
         encodings=rope_and_pope("uniform"),
         ours=ours(SHAPE, "uniform"),
         paper=figures(f"{POPE}, human genome", "test_loss", rope=4.217, pope=4.152),

@@ -63,6 +63,7 @@ def paper(shape: str, edition: str, length: int) -> Recipe:
             f"{shape} on {DATA[edition]} at length {length}: 0 to 100 % of each head rotated, "
             "with and without QK-Norm, 12,000 steps. Needs a cluster. The paper leaves the batch "
             "open: 2^19 tokens are chosen here"
+            + (". Of heads of 64, 1 % is one pair, as 4 %" if shape == "llama-1b" else "")
             + (". PIQA acc_norm in the paper: 100 % 72.58, 10 % 73.12" if known else "")
         ),
         data=TokensData(dataset=DATA[edition], tokenizer=TOKENIZERS[shape], length=length),

@@ -244,6 +244,20 @@ class Recipe(Settings):
             raise ValueError("a recipe needs at least one encoding and one seed")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds repeat: {' '.join(map(str, self.seeds))}")
+        known = {**self.ours, **self.encodings}
+        for label, choice in known.items():
+            source = choice.finetune_from
+            if source is None:
+                continue
+            if source not in known:
+                raise ValueError(
+                    f"encoding {label!r}: finetune_from={source!r} is none of the recipe's "
+                    f"encodings {', '.join(known)}"
+                )
+            if source == label or known[source].finetune_from or known[source].name == "yarn":
+                raise ValueError(
+                    f"encoding {label!r}: finetune_from={source!r} is not trained from the start"
+                )
         lengths = self.evaluation.lengths
         if len(set(lengths)) < len(lengths):
             raise ValueError(f"evaluation.lengths repeat: {' '.join(map(str, lengths))}")

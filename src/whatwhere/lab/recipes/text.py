@@ -62,6 +62,7 @@ def paper() -> Recipe:
             lengths=(1024, 2048, 4096, 6144, 8192, 10240), tokens=2**20, yarn="finetune"
         ),
         encodings=ENCODINGS,
+        ours=ours(ModelSettings(hidden_size=768, num_attention_heads=12)),
     )
 
 

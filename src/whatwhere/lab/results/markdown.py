@@ -85,7 +85,8 @@ def of_recipe(
         ValueError: If there is no such recipe or preset.
     """
     recipe = recipes.get(name, preset)
-    own = _with_perplexities(table[(table["recipe"] == name) & (table["preset"] == preset)])
+    own = table[(table["recipe"] == name) & (table["preset"] == preset)]
+    read = _perplexities(own)
     labels = list(dict.fromkeys([*recipe.encodings, *own["encoding"]]))
     # One metric at many lengths is named once, above the table.
     metrics = {metric for metric, _ in columns}
@@ -99,11 +100,11 @@ def of_recipe(
         if _has_paper(recipe, metric, length):
             heads.append("paper")
     lines = [_line(heads), _line(["---", *["--:"] * (len(heads) - 1)])]
-    found = {metric: statistics(own, metric) for metric, _ in columns}
+    found = [statistics(read if n and m == "perplexity" else own, m) for m, n in columns]
     for label in labels:
         cells = [title(label)]
-        for metric, length in columns:
-            cells.append(_ours(found[metric], label, metric, length))
+        for (metric, length), statistic in zip(columns, found, strict=True):
+            cells.append(_ours(statistic, label, metric, length))
             if _has_paper(recipe, metric, length):
                 cells.append(_paper(recipe, label, metric, length))
         lines.append(_line(cells))
@@ -149,13 +150,11 @@ def _read(words: Sequence[str]) -> tuple[str, str, list[tuple[str, int | None]]]
     return words[0], words[1], [split_metric(word) for word in words[2:]]
 
 
-def _with_perplexities(own: pd.DataFrame) -> pd.DataFrame:
-    # The exponential of each loss at a length, seed by seed.
+def _perplexities(own: pd.DataFrame) -> pd.DataFrame:
+    # At a length: the exponential of the loss there, seed by seed, on the text that lengths are
+    # measured on. The perplexity without a length is that of a whole split, maybe another text.
     losses = own[own["metric"] == "loss"]
-    known = set(own.loc[own["metric"] == "perplexity", "length"])
-    made = losses[~losses["length"].isin(known)]
-    made = made.assign(metric="perplexity", value=np.exp(made["value"].astype(float)))
-    return pd.concat([own, made], ignore_index=True) if len(made) else own
+    return losses.assign(metric="perplexity", value=np.exp(losses["value"].astype(float)))
 
 
 def _head(metric: str, length: int | None, recipe: Recipe) -> str:
@@ -199,8 +198,8 @@ def _row(found: pd.DataFrame, label: str, length: int | None) -> pd.Series | Non
 
 def _number(metric: str, value: float, deviation: float) -> str:
     share = metric.endswith(("accuracy", "score", "acc", "acc_norm"))
-    factor, digits = (100, 2) if share else (1, 0 if metric in WHOLE else 3)
-    digits = 2 if metric == "perplexity" else digits
+    factor = 100 if share else 1
+    digits = 0 if metric in WHOLE else 2 if share or metric == "perplexity" else 4
     text = f"{factor * value:,.{digits}f}"
     return text + (f" ± {factor * deviation:.{digits}f}" if math.isfinite(deviation) else "")
 

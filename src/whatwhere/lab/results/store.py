@@ -36,13 +36,16 @@ def load(path: Path) -> pd.DataFrame:
     """
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)
-    text = ["recipe", "preset", "encoding", "metric", "paper_source", "device", "versions"]
-    table = pd.read_csv(
-        path,
-        dtype=dict.fromkeys([*text, "commit", "started"], str),
-        keep_default_na=False,
-        na_values={"paper_value": [""], "wall_seconds": [""], "value": ["nan"]},
-    )
+    text = ["recipe", "preset", "encoding", "metric", "paper_source", "data", "device"]
+    try:
+        table = pd.read_csv(
+            path,
+            dtype=dict.fromkeys([*text, "versions", "commit", "started"], str),
+            keep_default_na=False,
+            na_values={"paper_value": [""], "wall_seconds": [""], "value": ["nan"]},
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: no CSV of results: {error}") from None
     if list(table.columns) != COLUMNS:
         raise ValueError(f"{path}: columns {list(table.columns)}, expected {COLUMNS}")
     for name in ("value", "paper_value", "wall_seconds", "seed", "length"):
@@ -110,6 +113,13 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     shipped = recipes.get(recipe.name, recipe.preset)
     apart = {"encodings", "ours", "seeds", "evaluation", "description", "paper", "preset"}
     changed = runs.differences(plain(shipped, apart), plain(recipe, apart))
+    # Where files lie on a machine is its own matter; what they hold stands in column `data`.
+    places = {"paths", "task_data"}
+    changed += runs.differences(
+        shipped.evaluation.model_dump(exclude=places),
+        recipe.evaluation.model_dump(exclude=places),
+        "evaluation",
+    )
     for label in recipe.encodings.keys() & {**shipped.ours, **shipped.encodings}.keys():
         choice = {**shipped.ours, **shipped.encodings}[label]
         changed += runs.differences(
@@ -122,7 +132,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         )
     found: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*/results.csv")):
-        found += _rows_of_run(path.parent, recipe)
+        found += _rows_of_run(path.parent, shipped)
     if not found:
         raise ValueError(f"{folder} holds no results yet")
     return found
