@@ -3,6 +3,9 @@
 import errno
 import gzip
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 from whatwhere.lab.data import hub, raw, textfiles
 from whatwhere.lab.data.catalogue import CORPORA, make_corpus, origin
 from whatwhere.lab.data.hub import HUB, HubTexts
-from whatwhere.lab.data.prepare import prepare
+from whatwhere.lab.data.prepare import PARTS, prepare
 from whatwhere.lab.data.textfiles import TextFiles
 from whatwhere.lab.storage import DiskFullError, RunError
 
@@ -160,11 +163,37 @@ def test_fetched_once_and_whole(
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     with pytest.raises(KeyboardInterrupt):
         raw.find("jsb", ())
-    assert not (nowhere / "jsb").exists()
+    assert {file.name for file in (nowhere / "jsb").iterdir()} <= {".lock"}
+    (nowhere / "jsb" / ".DS_Store").touch()  # of a file browser
     for _ in range(2):
         (file,) = raw.find("jsb", ())
         assert file.read_text() == "music"
     assert calls == [(raw.RAW["jsb"].url, raw.RAW["jsb"].checksum)] * 2
+
+
+def test_two_that_fetch_at_once_fetch_once(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pooch
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    begun, go_on, calls = threading.Event(), threading.Event(), []
+
+    def retrieve(url: str, known_hash: str, fname: str, path: Path, **options: Any) -> None:
+        calls.append(url)
+        begun.set()
+        assert go_on.wait(10)
+        (path / fname).write_text("music")
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(raw.find, "jsb", ())
+        assert begun.wait(10)
+        second = pool.submit(raw.find, "jsb", ())
+        time.sleep(0.1)
+        go_on.set()
+        assert first.result(10) == second.result(10) == [nowhere / "jsb" / raw.RAW["jsb"].file]
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -186,7 +215,7 @@ def test_failed_downloads_are_one_line(
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(pooch, "retrieve", fails)
     assert message in line(raw.find, "jsb", (), kind=kind)
-    assert not (nowhere / "jsb").exists()
+    assert {file.name for file in (nowhere / "jsb").iterdir()} <= {".lock"}
 
 
 def test_the_checksum_of_the_chorales_is_that_of_the_sample(data_dir: Path) -> None:
@@ -282,8 +311,13 @@ def test_lists_of_addresses(
     assert "1.json.gz, line 1: no JSON, perhaps cut short" in message
 
 
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError])
 def test_a_network_that_fails_is_one_line(
-    served: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nowhere: Path
+    kind: Any,
+    served: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nowhere: Path,
 ) -> None:
     corpus = make_corpus("openwebtext", tokenizer="bytes")
     stream = HubTexts._stream
@@ -298,7 +332,7 @@ def test_a_network_that_fails_is_one_line(
         def shard(self, num_shards: int, index: int) -> Any:
             part = self.inner.shard(num_shards=num_shards, index=index)
             if index == 1 and broken:
-                raise ConnectionError("reset by peer\nand more")
+                raise kind("reset by peer\nand more")
             return part
 
     monkeypatch.setattr(HubTexts, "_stream", lambda self, split: Rows(stream(self, split)))
@@ -306,6 +340,7 @@ def test_a_network_that_fails_is_one_line(
     assert message == (
         "openwebtext: reading train:1 failed (reset by peer): run the same command again to go on"
     )
+    assert (tmp_path / "out" / PARTS / "00000000.json").exists()
     broken = False
     assert prepare(corpus, tmp_path / "out", 1).manifest.splits["train"].documents > 100
 

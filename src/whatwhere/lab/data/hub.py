@@ -214,25 +214,25 @@ class HubTexts(TextDocuments):
         )
 
     def _read(self, key: str, split: CorpusSplit, place: Any) -> Iterator[tuple[str, bytes]]:
-        def rows() -> Iterator[tuple[str, bytes]]:
-            if isinstance(place, str):  # Lines of JSON, whatever other fields they have.
-                datasets = need("datasets", "data")
-                lines = datasets.load_dataset(
+        if isinstance(place, str):  # Lines of JSON, whatever other fields they have.
+            for number, row in enumerate(self._rows(key, split, place), start=1):
+                where = f"{place}, line {number}"
+                yield where, records.parse_line(row["text"], where)
+            return
+        for number, row in enumerate(self._rows(key, split, place)):
+            yield f"{key}:{number}", records.text_of(row, f"{self.name}, {key}:{number}")
+
+    def _rows(self, key: str, split: CorpusSplit, place: Any) -> Iterator[dict[str, Any]]:
+        datasets = need("datasets", "data")
+        try:
+            if isinstance(place, str):
+                yield from datasets.load_dataset(
                     "text", data_files=[place], split="train", streaming=True
                 )
-                for number, row in enumerate(lines, start=1):
-                    where = f"{place}, line {number}"
-                    yield where, records.parse_line(row["text"], where)
                 return
             index, count = place
             part = self._stream(split).shard(num_shards=count, index=index)
-            for number, row in enumerate(part.select_columns(["text"])):
-                yield f"{key}:{number}", records.text_of(row, f"{self.name}, {key}:{number}")
-
-        try:
-            yield from rows()
-        except ValueError:
-            raise
+            yield from part.select_columns(["text"])
         except Exception as error:  # Whatever the clients below `datasets` raise.
             raise RunError(
                 f"{self.name}: reading {key} failed ({_reason(error)}): run the same command "
