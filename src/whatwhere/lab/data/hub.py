@@ -103,6 +103,7 @@ class HubTexts(TextDocuments):
         tokenizer: The set's own by default; see `TextDocuments`.
         max_bytes: Read this much text at most: an equal share of files spread over the set.
             Validation and test splits of its own do not count, and are read whole.
+        only: One of its own splits, to read nothing else.
         cache_dir: Where the user is told to put files, if the hub cannot be reached.
 
     Raises:
@@ -115,12 +116,13 @@ class HubTexts(TextDocuments):
         tokenizer: str | None = None,
         *,
         max_bytes: int | None = None,
+        only: CorpusSplit | None = None,
         cache_dir: Path | None = None,
     ) -> None:
         self.set = HUB[name]
         super().__init__(tokenizer or self.set.tokenizer, self.set.validation_fraction)
         self.name, self.licence, self.homepage = name, self.set.licence, self.set.homepage
-        self.max_bytes, self.cache_dir = max_bytes, cache_dir
+        self.max_bytes, self.only, self.cache_dir = max_bytes, only, cache_dir
 
     def items(self) -> Iterator[Item]:
         """Yield the files that the set is stored in, split by split.
@@ -162,6 +164,7 @@ class HubTexts(TextDocuments):
             found.revision,
             found.urls,
             self.max_bytes,
+            *([self.only] if self.only else []),
         ]
 
     def describe(self) -> dict[str, Any]:
@@ -174,6 +177,7 @@ class HubTexts(TextDocuments):
             "splits": dict(self.set.splits),
             "validation_fraction": self.validation_fraction,
             "max_bytes": self.max_bytes,
+            "only": self.only,
         }
 
     def _parts(self) -> Iterator[tuple[CorpusSplit, int, Any]]:
@@ -183,6 +187,8 @@ class HubTexts(TextDocuments):
                 yield "train", number, address
             return
         for split in self.set.splits:
+            if self.only not in (None, split):
+                continue
             count = self._reached(partial(self._count, split))
             for number in range(count):
                 yield split, number, (number, count)

@@ -277,8 +277,10 @@ def _check_tokens(tokens: NDArray[Any], corpus: Corpus, name: str) -> None:
 
 def _finish(job: _Job, items: list[Item], fingerprint: str, before: dict[str, int]) -> None:
     records = [storage.read_json(job.record(number)) for number in range(len(items))]
-    if not any("train" in record["splits"] for record in records):
-        raise ValueError(f"{job.corpus.name}: the source gives no training document")
+    needed = job.corpus.only or "train"
+    if not any(needed in record["splits"] for record in records):
+        what = "training" if needed == "train" else needed
+        raise ValueError(f"{job.corpus.name}: the source gives no {what} document")
     splits: dict[CorpusSplit, shards.SplitRecord] = {}
     for split in _SPLITS:
         counts = {n: r["splits"][split] for n, r in enumerate(records) if split in r["splits"]}
