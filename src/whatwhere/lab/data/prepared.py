@@ -86,9 +86,9 @@ class TokensTask(Task):
     """Sequences of a prepared data set for next-token prediction; its tokens stay on disk.
 
     `stream` draws windows of the training documents laid end to end, with replacement, as
-    `TextTask` does, and evaluates windows end to end. `pieces` goes once through all rows of
-    `pieces.TrainingRows` in an epoch, filled up on the right, and evaluates every token of every
-    document once.
+    `TextTask` does, and evaluates windows spread evenly. `pieces` goes once through all rows of
+    `pieces.TrainingRows` in an epoch, filled up on the right, and evaluates each document in rows
+    cut from its start. The first token of a row is not predicted.
 
     Transposition shifts the pitches of each training row by as many semitones, uniform in
     `-transpose .. transpose` and drawn from (seed, step, row), brought towards 0 until no pitch
@@ -165,10 +165,10 @@ class TokensTask(Task):
     def evaluation_batches(
         self, split: Split, batch_size: int, limit: int | None = None, device: Device = "cpu"
     ) -> Iterator[Batch]:
-        """Yield a split: windows end to end, or every document cut from its start.
+        """Yield a split: windows of its stream, or every document cut from its start.
 
-        With a limit the sequences are spaced evenly over the split. A stream's remainder shorter
-        than a window is left out. Batches of pieces are as wide as their longest row. See
+        Windows, as many as fit, are spaced evenly without overlap: fewer tokens than a window are
+        left out between them. With a limit rows of pieces are, too. Batches of pieces are as wide as their longest row. See
         `Task.evaluation_batches`.
         """
         self.check_evaluation(split, batch_size, limit)
