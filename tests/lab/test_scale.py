@@ -291,6 +291,19 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
     assert runs.load_record(run)
 
 
+def test_the_first_process_says_which_checkpoint_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, task = start(text(tmp_path), job(tmp_path / "runs", {}))
+
+    def said(found: list[str | None]) -> None:
+        found[:] = ["step-000000005"]
+
+    monkeypatch.setattr(loop, "broadcast_object_list", said)
+    with pytest.raises(storage.RunError, match="process 0 does not see .*step-000000005"):
+        train(run, task)
+
+
 def linear(width: int) -> tuple[torch.nn.Linear, torch.optim.AdamW]:
     model = torch.nn.Linear(50, width)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -168,8 +168,8 @@ class TokensTask(Task):
         """Yield a split: windows of its stream, or every document cut from its start.
 
         Windows, as many as fit, are spaced evenly without overlap: fewer tokens than a window are
-        left out between them. With a limit rows of pieces are, too. Batches of pieces are as wide as their longest row. See
-        `Task.evaluation_batches`.
+        left out between them. With a limit rows of pieces are, too. Batches of pieces are as wide
+        as their longest row. See `Task.evaluation_batches`.
         """
         self.check_evaluation(split, batch_size, limit)
         stream = self._streams[split]
