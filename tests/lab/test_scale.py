@@ -300,7 +300,7 @@ def test_the_first_process_says_which_checkpoint_counts(
         found[:] = ["step-000000005"]
 
     monkeypatch.setattr(loop, "broadcast_object_list", said)
-    with pytest.raises(storage.RunError, match="process 0 does not see .*step-000000005"):
+    with pytest.raises(storage.RunError, match=r"process 0 does not see .*step-000000005"):
         train(run, task)
 
 
