@@ -353,6 +353,9 @@ def test_a_finished_one_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     _, losses = tune(folder, tmp_path / "out", path)
     before = contents(tmp_path)
     seen = stop_at(0, crash, monkeypatch)
-    _, again = tune(folder, tmp_path / "out", path, save_every=2)
+    tuning, again = tune(folder, tmp_path / "out", path, save_every=2)
     assert not seen and again.equals(losses)
     assert contents(tmp_path) == before
+    # Nor do the other processes begin without the first one.
+    monkeypatch.setenv("RANK", "1")
+    assert finetune(tuning).empty

@@ -18,6 +18,7 @@ from whatwhere import cli
 from whatwhere.attention import choices
 from whatwhere.lab import recipes
 from whatwhere.lab.data import IndirectIndexingData, IndirectIndexingTask, TextData
+from whatwhere.lab.data.catalogue import CORPORA
 from whatwhere.lab.plan.assumptions import assumptions
 from whatwhere.lab.plan.backend import backend_of
 from whatwhere.lab.plan.devices import DEVICES
@@ -375,7 +376,10 @@ def test_vocabularies(tmp_path: Path) -> None:
     assert vocabulary_of(task.data) == task.vocab_size == 66
     assert length_of(task.data) == task.length == 48
     expected = {"jsb": 90, "maestro": 328, "midi": 328, "genome": 4107, "fasta": 4107}
-    assert expected.items() <= {n: vocabulary_of(Tokens(dataset=n)) for n in DATASETS}.items()
+    expected |= {"openwebtext": 50257, "pg19": 50257, "dolma": 128256}
+    expected |= {"fineweb": 128256, "fineweb-edu": 128256, "text": 256}
+    assert {n: vocabulary_of(Tokens(dataset=n)) for n in DATASETS} == expected
+    assert expected.keys() == CORPORA.keys()
     assert vocabulary_of(Tokens(dataset="genome", tokenizer="gpt2")) == TOKENIZERS["gpt2"]
     for data in (Tokens(dataset="nothing"), TextData(tokenizer="some/name")):
         with pytest.raises(ValueError, match="--vocab-size"):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from scale_worker import start
 from tiny import recipe, text
 
-from whatwhere.lab import runs, storage
+from whatwhere.lab import checkpoint, loop, runs, storage
 from whatwhere.lab.parallel import check
 from whatwhere.lab.process import main_process_first
 from whatwhere.lab.recipes import TrainingSettings, to_yaml
@@ -286,6 +286,48 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
     folder = Run(run.folder, run.config).checkpoints / "step-000000005"
     folder.mkdir(parents=True)
     storage.write_json(folder / "progress.json", {"step": 5})
-    with pytest.raises(ValueError, match="no checkpoint that this version reads"):
+    with pytest.raises(storage.RunError, match="no checkpoint that this version reads"):
         train(run, task)
     assert runs.load_record(run)
+
+
+def test_the_first_process_says_which_checkpoint_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, task = start(text(tmp_path), job(tmp_path / "runs", {}))
+
+    def said(found: list[str | None]) -> None:
+        found[:] = ["step-000000005"]
+
+    monkeypatch.setattr(loop, "broadcast_object_list", said)
+    with pytest.raises(storage.RunError, match=r"process 0 does not see .*step-000000005"):
+        train(run, task)
+
+
+def linear(width: int) -> tuple[torch.nn.Linear, torch.optim.AdamW]:
+    model = torch.nn.Linear(50, width)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 50)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("pattern", ["state/*", "random-*", "progress.json"])
+@pytest.mark.parametrize("kept", [0.5, 0.01])
+def test_a_checkpoint_cut_short_is_one_line(tmp_path: Path, pattern: str, kept: float) -> None:
+    checkpoint.save(tmp_path, *linear(50), 0)
+    storage.write_json(tmp_path / "progress.json", {"step": 5})
+    (damaged,) = tmp_path.glob(pattern)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(storage.RunError, match=damaged.name) as caught:
+        loop._progress_of(tmp_path)
+        checkpoint.load(tmp_path, *linear(50), 0, [0, 5])
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, *linear(50), 0)
+    with pytest.raises(storage.RunError, match="no checkpoint that this version reads") as caught:
+        checkpoint.load(tmp_path, *linear(40), 0, [0, 5])
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

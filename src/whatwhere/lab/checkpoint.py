@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from whatwhere.lab.process import is_main_process
+from whatwhere.lab.storage import RunError
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -71,23 +73,48 @@ def load(
             then.
 
     Raises:
-        ValueError: If the folder holds no such state.
+        RunError: If the folder holds no such state, or one of another model, or a file of it is
+            damaged.
     """
-    if not any((folder / "state").glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} holds no checkpoint that this version reads: remove it to start again"
-        )
+    _check_files(folder)
     moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     state = _weights(model) | _tensors(moments)
     reader = HuggingFaceStorageReader(str(folder / "state"))
-    with _alone_or_not() as alone:
-        state_dict_loader.load(state, storage_reader=reader, no_dist=alone)
+    try:
+        with _alone_or_not() as alone:
+            state_dict_loader.load(state, storage_reader=reader, no_dist=alone)
+    except CheckpointException as error:
+        raise refusal(folder, next(iter(error.failures.values()))[0]) from error
     set_optimizer_state_dict(model, optimizer, moments, options=_FLAT)
     saved = sorted(folder.glob("random-*.safetensors"))
     if len(saved) == _processes():
         _set_random_numbers(load_file(saved[rank]))
     else:
         set_seed(int(np.random.SeedSequence([*seed, rank]).generate_state(1)[0]))
+
+
+def _check_files(folder: Path) -> None:
+    # Before torch reads them, which reports each one that is damaged with a traceback.
+    files = [*(folder / "state").glob("*.safetensors"), *folder.glob("random-*.safetensors")]
+    if not any(file.parent != folder for file in files):
+        raise refusal(folder, None)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise refusal(folder, error, file.name) from error
+
+
+def refusal(folder: Path, error: BaseException | None, file: str = "") -> BaseException:
+    """What to raise where a checkpoint cannot be read: in all processes, of which one speaks."""
+    if not is_main_process():
+        return SystemExit(1)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = f" ({file}{': ' * bool(file)}{lines[0]})" if error else ""
+    return RunError(
+        f"{folder} holds no checkpoint that this version reads{reason}: remove it to start again"
+    )
 
 
 @contextmanager

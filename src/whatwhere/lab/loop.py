@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -307,18 +307,34 @@ class _Training:
 
     def _resume(self) -> None:
         self.accelerator.wait_for_everyone()  # the main process may still be at the last run
-        found = sorted(self.place.checkpoints.glob("step-*"))
-        if found:
-            self.progress = Progress(**storage.read_json(found[-1] / "progress.json"))
-            seed = [self.seed, self.progress.step]
+        newest = self._newest_checkpoint()
+        if newest is not None:
             rank = self.accelerator.process_index
-            checkpoint.load(found[-1], self.bare, self.optimizer, rank, seed)
+            progress = _progress_of(newest)
+            seed = [self.seed, progress.step]
+            checkpoint.load(newest, self.bare, self.optimizer, rank, seed)
+            self.progress = progress
         step = self.progress.step
         if self.accelerator.is_main_process:
             kept = [row for row in storage.read_log(self.place.log) if row["step"] <= step]
             storage.write_text(self.place.log, "".join(json.dumps(row) + "\n" for row in kept))
         purge = {"tensorboard": {"purge_step": step}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+
+    def _newest_checkpoint(self) -> Path | None:
+        # That of the main process: others may see a folder of their own, or an older state of it.
+        found = sorted(self.place.checkpoints.glob("step-*"))
+        chosen = [found[-1].name if found else None]
+        broadcast_object_list(chosen)
+        if chosen[0] is None:
+            return None
+        folder = self.place.checkpoints / chosen[0]
+        if not folder.is_dir():
+            raise storage.RunError(
+                f"process {self.accelerator.process_index} does not see {folder}: choose a "
+                "folder that all processes share"
+            )
+        return folder
 
     def _finish(self) -> None:
         model, weights = self.parallel.whole(self.model)
@@ -341,6 +357,13 @@ class _Training:
         }
         storage.write_json(self.place.done, done)
         shutil.rmtree(self.place.checkpoints, ignore_errors=True)
+
+
+def _progress_of(folder: Path) -> Progress:
+    try:
+        return Progress(**storage.read_json(folder / "progress.json"))
+    except (OSError, ValueError, TypeError) as error:
+        raise checkpoint.refusal(folder, error, "progress.json") from error
 
 
 def _peak_memory(device: torch.device) -> int | None:

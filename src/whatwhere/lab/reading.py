@@ -18,7 +18,7 @@ from whatwhere.lab.data import (
     read_tokens,
     spaced_windows,
 )
-from whatwhere.lab.data.catalogue import takes_tokenizer
+from whatwhere.lab.data.catalogue import has_own, takes_tokenizer
 from whatwhere.lab.data.prepared import open_tokens
 from whatwhere.lab.recipes.schema import EvaluationSettings
 
@@ -110,6 +110,8 @@ def reading_of(settings: EvaluationSettings, task: Task) -> Reading | None:
         # Sets that are no text have a tokenizer of their own.
         tokenizer=task.tokenizer_name if takes_tokenizer(settings.dataset) else None,
         layout="stream",
+        # Nothing is trained on it, and training splits are large.
+        only="test" if has_own(settings.dataset, "test") else None,
     )
     other = open_tokens(data)
     if other.vocab_size != task.vocab_size:

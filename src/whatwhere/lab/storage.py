@@ -80,7 +80,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it into place."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
+        # With the number of the process, for others may write the same file.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)

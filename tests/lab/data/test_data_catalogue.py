@@ -3,16 +3,21 @@
 import errno
 import gzip
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from whatwhere.lab.data import hub, raw, textfiles
+from whatwhere.lab.data import TextData, TokensData, hub, make_task, open_tokens, raw, textfiles
 from whatwhere.lab.data.catalogue import CORPORA, make_corpus, origin
 from whatwhere.lab.data.hub import HUB, HubTexts
-from whatwhere.lab.data.prepare import prepare
+from whatwhere.lab.data.prepare import PARTS, prepare
 from whatwhere.lab.data.textfiles import TextFiles
+from whatwhere.lab.reading import reading_of
+from whatwhere.lab.recipes.schema import EvaluationSettings
 from whatwhere.lab.storage import DiskFullError, RunError
 
 
@@ -140,6 +145,76 @@ def test_books_as_pg19_keep_its_splits(data_dir: Path, tmp_path: Path) -> None:
     assert next(stream.blocks()).tobytes() == found[3].encode() + b"\0"
 
 
+@pytest.mark.parametrize(
+    "form", ["{}", "{}/*/*.txt", "{}/train {}/test", "{}/*/1.txt {}/test/2.txt"]
+)
+def test_a_folder_above_the_one_that_is_named_is_no_split(tmp_path: Path, form: str) -> None:
+    root = tmp_path / "test" / "validation" / "books"
+    for split in ("train", "test"):
+        (root / split).mkdir(parents=True)
+        for name in ("1.txt", "2.txt"):
+            (root / split / name).write_text(f"{split} {name}")
+    corpus = make_corpus("pg19", form.replace("{}", str(root)).split(), tokenizer="bytes")
+    found = [d for item in corpus.items() for d in corpus.documents(item)]
+    assert {d.split for d in found} == {"train", "test"}
+    assert all(d.tokens.tobytes().decode().startswith(d.split) for d in found)
+
+
+def test_files_beside_no_split_are_not_those_of_a_folder_above(tmp_path: Path) -> None:
+    folder = tmp_path / "test" / "books"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"book {i}")
+    corpus = make_corpus("pg19", [folder], tokenizer="bytes")
+    splits = {d.split for item in corpus.items() for d in corpus.documents(item)}
+    assert splits == {"train", "validation"}
+
+
+def books_of(folder: Path, *splits: str) -> Path:
+    for split in splits:
+        (folder / split).mkdir(parents=True)
+        (folder / split / "book.txt").write_text(f"{split} " * 300)
+    return folder
+
+
+def test_one_split_alone(tmp_path: Path) -> None:
+    alone = books_of(tmp_path / "alone", "test")
+    data = TokensData(
+        dataset="pg19", paths=(str(alone),), tokenizer="bytes", length=64, only="test"
+    )
+    task = open_tokens(data)
+    assert task.splits == ("test",)
+    text = bytes(task.windows(64, 1, "test")[0].tolist())
+    assert text in b"test " * 300
+    with pytest.raises(ValueError, match="nothing to train on"):
+        task.train_batch(0, 0, 1)
+    with pytest.raises(ValueError, match="no training document"):
+        open_tokens(data.model_copy(update={"only": None}))
+    whole = books_of(tmp_path / "whole", "train", "validation", "test")
+    corpora = [
+        make_corpus("pg19", [whole], tokenizer="bytes", only=only)  # type: ignore[arg-type]
+        for only in (None, "train", "validation", "test")
+    ]
+    assert len({corpus.fingerprint() for corpus in corpora}) == 4
+    folder = prepare(corpora[-1], tmp_path / "out", 1)
+    assert set(folder.manifest.splits) == {"test"}
+    assert "no validation split" in line(make_corpus, "fineweb", only="validation")
+    assert "holds no test split" in line(
+        open_tokens, data.model_copy(update={"paths": (str(books_of(tmp_path / "t", "train")),)})
+    )
+
+
+def test_a_reading_wants_the_test_books_alone(tmp_path: Path) -> None:
+    settings = EvaluationSettings(
+        dataset="pg19", paths=(str(books_of(tmp_path / "pg19", "test")),), lengths=(32,)
+    )
+    (tmp_path / "own.txt").write_text("words and words " * 300)
+    task = make_task(TextData(paths=(str(tmp_path / "own.txt"),), length=32))
+    reading = reading_of(settings, task)
+    assert reading is not None and reading.describe()["split"] == "test"
+    assert bytes(reading.windows(64, 1)[0].tolist()) in b"test " * 300
+
+
 # --- fetching ------------------------------------------------------------------------------------
 
 
@@ -160,11 +235,35 @@ def test_fetched_once_and_whole(
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     with pytest.raises(KeyboardInterrupt):
         raw.find("jsb", ())
-    assert not (nowhere / "jsb").exists()
+    assert {file.name for file in (nowhere / "jsb").iterdir()} <= {".lock"}
+    (nowhere / "jsb" / ".DS_Store").touch()  # of a file browser
     for _ in range(2):
         (file,) = raw.find("jsb", ())
         assert file.read_text() == "music"
     assert calls == [(raw.RAW["jsb"].url, raw.RAW["jsb"].checksum)] * 2
+
+
+def test_two_that_fetch_at_once_fetch_once(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pooch
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    begun, go_on, calls = threading.Event(), threading.Event(), []
+
+    def retrieve(url: str, known_hash: str, fname: str, path: Path, **options: Any) -> None:
+        calls.append(url)
+        begun.set()
+        assert go_on.wait(10)
+        (path / fname).write_text("music")
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(raw.find, "jsb", ())
+        assert begun.wait(10)
+        second = pool.submit(raw.find, "jsb", ())
+        time.sleep(0.1)
+        go_on.set()
+        assert first.result(10) == second.result(10) == [nowhere / "jsb" / raw.RAW["jsb"].file]
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -186,7 +285,7 @@ def test_failed_downloads_are_one_line(
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(pooch, "retrieve", fails)
     assert message in line(raw.find, "jsb", (), kind=kind)
-    assert not (nowhere / "jsb").exists()
+    assert {file.name for file in (nowhere / "jsb").iterdir()} <= {".lock"}
 
 
 def test_the_checksum_of_the_chorales_is_that_of_the_sample(data_dir: Path) -> None:
@@ -282,8 +381,13 @@ def test_lists_of_addresses(
     assert "1.json.gz, line 1: no JSON, perhaps cut short" in message
 
 
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError])
 def test_a_network_that_fails_is_one_line(
-    served: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nowhere: Path
+    kind: Any,
+    served: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nowhere: Path,
 ) -> None:
     corpus = make_corpus("openwebtext", tokenizer="bytes")
     stream = HubTexts._stream
@@ -298,7 +402,7 @@ def test_a_network_that_fails_is_one_line(
         def shard(self, num_shards: int, index: int) -> Any:
             part = self.inner.shard(num_shards=num_shards, index=index)
             if index == 1 and broken:
-                raise ConnectionError("reset by peer\nand more")
+                raise kind("reset by peer\nand more")
             return part
 
     monkeypatch.setattr(HubTexts, "_stream", lambda self, split: Rows(stream(self, split)))
@@ -306,6 +410,7 @@ def test_a_network_that_fails_is_one_line(
     assert message == (
         "openwebtext: reading train:1 failed (reset by peer): run the same command again to go on"
     )
+    assert (tmp_path / "out" / PARTS / "00000000.json").exists()
     broken = False
     assert prepare(corpus, tmp_path / "out", 1).manifest.splits["train"].documents > 100
 
@@ -316,6 +421,12 @@ def test_a_network_that_fails_is_one_line(
     message = line(lambda: list(corpus.items()))
     assert "could not be fetched (no route to host)" in message
     assert str(nowhere / "openwebtext") in message
+
+
+def test_one_split_of_a_stream(served: list[list[str]]) -> None:
+    corpus = make_corpus("pg19", tokenizer="bytes", only="test")
+    assert {item.key.partition(":")[0] for item in corpus.items()} == {"test"}
+    assert corpus.fingerprint() != make_corpus("pg19", tokenizer="bytes").fingerprint()
 
 
 def test_fingerprints_of_streams(served: list[list[str]]) -> None:

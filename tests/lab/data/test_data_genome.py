@@ -376,6 +376,10 @@ def test_fingerprint_follows_content_and_kind(tmp_path: Path) -> None:
     assert GenomeCorpus([file], "fasta").fingerprint() != first
     write(file, a=bases(100, 1))
     assert GenomeCorpus([file]).fingerprint() != first
+    other = write(tmp_path / "y.fa", b=bases(100))
+    # Stretches are numbered and split in the order of the files.
+    turned = GenomeCorpus([other, file]).fingerprint()
+    assert turned != GenomeCorpus([file, other]).fingerprint()
 
 
 def test_sizes_fit_the_papers_sequences() -> None:

@@ -419,6 +419,10 @@ def test_fingerprint_follows_files_and_metadata(tmp_path: Path) -> None:
     make(tmp_path / "a.mid", melody(61))
     third = MidiCorpus([tmp_path]).fingerprint()
     assert len({first, second, third}) == 3
+    files = [tmp_path / "a.mid", tmp_path / "b.mid"]
+    make(files[1], melody(62))
+    # Items are numbered in the order of the files.
+    assert MidiCorpus(files).fingerprint() != MidiCorpus(files[::-1]).fingerprint()
 
 
 def test_it_travels_to_a_worker(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Preparation: the same bytes however it is done; nothing is lost or corrupted when it fails."""
 
+import dataclasses
 import errno
 import os
 import signal
@@ -143,8 +144,52 @@ def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_item_is_one_line_and_leaves_no_manifest(tmp_path: Path, workers: int) -> None:
     with pytest.raises(ValueError, match=r"^item 5 is damaged$"):
         prepare(Numbers(broken=5), tmp_path / "out", workers=workers)
-    assert {file.name for file in (tmp_path / "out").iterdir()} <= {".lock"}
-    # Once it is mended the same folder will do.
+    out = tmp_path / "out"
+    assert {file.name for file in out.iterdir()} == {".lock", PARTS}
+    finished = records(out)
+    again = Numbers()
+    again.broken = 5
+    with pytest.raises(ValueError, match="item 5"):
+        prepare(again, out, workers=1)
+    assert len(again.read) == 1 if workers == 1 else len(again.read) <= 12 - finished
+    # Once it is mended, which changes its fingerprint, the same folder will do.
+    assert made(Numbers(items=13), out) == made(Numbers(items=13), tmp_path / "whole")
+    assert not (out / PARTS).exists()
+
+
+class Turned(Numbers):
+    """The same items from the last to the first, with a fingerprint that does not say so."""
+
+    def items(self) -> Any:
+        return reversed(list(super().items()))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_part_of_another_item_is_not_reused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: bool
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        if joined:
+            patch.setattr(module, "_manifest", fails)
+        with pytest.raises((ValueError, KeyboardInterrupt)):
+            prepare(Numbers(broken=None if joined else 5), out, workers=1, shard_tokens=300)
+    turned = made(Turned(), out, shard_tokens=10**9)
+    assert turned == made(Turned(), tmp_path / "whole", shard_tokens=10**9)
+
+
+def fails(*arguments: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_without_a_training_document_nothing_is_joined(tmp_path: Path) -> None:
+    class Held(Numbers):
+        def document(self, item: int, number: int) -> Any:
+            return dataclasses.replace(super().document(item, number), split="test")
+
+    with pytest.raises(ValueError, match="gives no training document"):
+        prepare(Held(), tmp_path / "out", workers=1)
+    assert not list((tmp_path / "out").glob("*.npy"))
     made(Numbers(items=13), tmp_path / "out")
 
 

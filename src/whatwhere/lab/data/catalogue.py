@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from whatwhere.lab.data import raw
-from whatwhere.lab.data.corpus import Corpus
+from whatwhere.lab.data.corpus import Corpus, CorpusSplit
 from whatwhere.lab.data.documents import VALIDATION_FRACTION
 from whatwhere.lab.data.hub import HUB, HubTexts
 from whatwhere.lab.data.textfiles import TextFiles
@@ -44,6 +44,7 @@ def make_corpus(
     *,
     tokenizer: str | None = None,
     max_bytes: int | None = None,
+    only: CorpusSplit | None = None,
     cache_dir: Path | None = None,
 ) -> Corpus:
     """Return a data set by name.
@@ -55,6 +56,7 @@ def make_corpus(
         tokenizer: Of text: `"bytes"`, or one of `transformers` by name or folder; `None` is the
             data set's own.
         max_bytes: Of text: read this much at most.
+        only: Of a set with splits of its own (`has_own`): the one to prepare.
         cache_dir: `default_cache_dir()` by default.
 
     Raises:
@@ -63,11 +65,13 @@ def make_corpus(
         RunError: The disk is full.
     """
     check_name(name)
+    if only is not None and not has_own(name, only):
+        raise ValueError(f"only: {name} has no {only} split of its own")
     if name == "text":
         texts = [str(path) for path in paths] or _own_texts(cache_dir)
         return TextFiles(texts, name, tokenizer or "bytes", max_bytes=max_bytes)
     if name in HUB:
-        return _hub_texts(name, paths, tokenizer, max_bytes, cache_dir)
+        return _hub_texts(name, paths, tokenizer, max_bytes, only, cache_dir)
     for option, given in (("tokenizer", tokenizer), ("max_bytes", max_bytes)):
         if given is not None:
             raise ValueError(f"{option}: {name} takes none, it is for text; got {given!r}")
@@ -90,6 +94,11 @@ def takes_tokenizer(name: str) -> bool:
     return name not in _MODULES
 
 
+def has_own(name: str, split: CorpusSplit) -> bool:
+    """Whether the makers of a data set have split it, and have such a split."""
+    return name in HUB and {"validation", split} <= HUB[name].splits.keys()
+
+
 def origin(name: str) -> tuple[str, str]:
     """The licence of a data set, and where it comes from."""
     if name in HUB:
@@ -109,19 +118,21 @@ def _hub_texts(
     paths: Sequence[str | Path],
     tokenizer: str | None,
     max_bytes: int | None,
+    only: CorpusSplit | None,
     cache_dir: Path | None,
 ) -> Corpus:
     found = HUB[name]
     local = [str(path) for path in paths] or _brought(name, cache_dir)
     if not local:
-        return HubTexts(name, tokenizer, max_bytes=max_bytes, cache_dir=cache_dir)
+        return HubTexts(name, tokenizer, max_bytes=max_bytes, only=only, cache_dir=cache_dir)
     return TextFiles(
         local,
         name,
         tokenizer or found.tokenizer,
         validation_fraction=found.validation_fraction or VALIDATION_FRACTION,
         max_bytes=max_bytes,
-        own_splits="validation" in found.splits,
+        own_splits=has_own(name, "validation"),
+        only=only,
         licence=found.licence,
         homepage=found.homepage,
     )

@@ -17,7 +17,8 @@ open is decided so:
   silence 1, pitch `p` is `p - 19`.
 - There is no token for beginning or end: of a piece of `N` tokens, `N - 1` are predicted.
 - 6 pieces (1 / 3 / 2) are longer than 2048 tokens, the longest 2560. They are not cut off here;
-  what reads the documents cuts them into rows.
+  what reads the documents cuts them into rows, and the first token of each row is not predicted:
+  of these pieces `N - 2` are.
 
 The paper's test figure (RoPE 0.5081, PoPE 0.4889) is taken as nats per token, the mean over all
 tokens of the split, silence included; its unit is not given. For scale, on the test split: the

@@ -61,8 +61,10 @@ class Corpus(ABC):
         vocab_size: Above every id.
         separator: Id that ends each document, or `None`.
         padding: Id to fill up sequences with.
+        only: The one split that is prepared, `None` for all.
     """
 
+    only: CorpusSplit | None = None
     name: str
     licence: str
     homepage: str

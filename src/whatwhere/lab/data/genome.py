@@ -167,7 +167,7 @@ class GenomeCorpus(Corpus):
                 "corpus": "genome",
                 "human": self.name == "genome",
                 "sizes": [BLOCK, REGION, SHORTEST, MANY, PERIOD],
-                "files": {name: file_digest(path) for name, path in self._files.items()},
+                "files": [[name, file_digest(path)] for name, path in self._files.items()],
             }
         )
 

@@ -103,6 +103,7 @@ class HubTexts(TextDocuments):
         tokenizer: The set's own by default; see `TextDocuments`.
         max_bytes: Read this much text at most: an equal share of files spread over the set.
             Validation and test splits of its own do not count, and are read whole.
+        only: One of its own splits, to read nothing else.
         cache_dir: Where the user is told to put files, if the hub cannot be reached.
 
     Raises:
@@ -115,12 +116,13 @@ class HubTexts(TextDocuments):
         tokenizer: str | None = None,
         *,
         max_bytes: int | None = None,
+        only: CorpusSplit | None = None,
         cache_dir: Path | None = None,
     ) -> None:
         self.set = HUB[name]
         super().__init__(tokenizer or self.set.tokenizer, self.set.validation_fraction)
         self.name, self.licence, self.homepage = name, self.set.licence, self.set.homepage
-        self.max_bytes, self.cache_dir = max_bytes, cache_dir
+        self.max_bytes, self.only, self.cache_dir = max_bytes, only, cache_dir
 
     def items(self) -> Iterator[Item]:
         """Yield the files that the set is stored in, split by split.
@@ -162,6 +164,7 @@ class HubTexts(TextDocuments):
             found.revision,
             found.urls,
             self.max_bytes,
+            *([self.only] if self.only else []),
         ]
 
     def describe(self) -> dict[str, Any]:
@@ -174,6 +177,7 @@ class HubTexts(TextDocuments):
             "splits": dict(self.set.splits),
             "validation_fraction": self.validation_fraction,
             "max_bytes": self.max_bytes,
+            "only": self.only,
         }
 
     def _parts(self) -> Iterator[tuple[CorpusSplit, int, Any]]:
@@ -183,6 +187,8 @@ class HubTexts(TextDocuments):
                 yield "train", number, address
             return
         for split in self.set.splits:
+            if self.only not in (None, split):
+                continue
             count = self._reached(partial(self._count, split))
             for number in range(count):
                 yield split, number, (number, count)
@@ -214,25 +220,25 @@ class HubTexts(TextDocuments):
         )
 
     def _read(self, key: str, split: CorpusSplit, place: Any) -> Iterator[tuple[str, bytes]]:
-        def rows() -> Iterator[tuple[str, bytes]]:
-            if isinstance(place, str):  # Lines of JSON, whatever other fields they have.
-                datasets = need("datasets", "data")
-                lines = datasets.load_dataset(
+        if isinstance(place, str):  # Lines of JSON, whatever other fields they have.
+            for number, row in enumerate(self._rows(key, split, place), start=1):
+                where = f"{place}, line {number}"
+                yield where, records.parse_line(row["text"], where)
+            return
+        for number, row in enumerate(self._rows(key, split, place)):
+            yield f"{key}:{number}", records.text_of(row, f"{self.name}, {key}:{number}")
+
+    def _rows(self, key: str, split: CorpusSplit, place: Any) -> Iterator[dict[str, Any]]:
+        datasets = need("datasets", "data")
+        try:
+            if isinstance(place, str):
+                yield from datasets.load_dataset(
                     "text", data_files=[place], split="train", streaming=True
                 )
-                for number, row in enumerate(lines, start=1):
-                    where = f"{place}, line {number}"
-                    yield where, records.parse_line(row["text"], where)
                 return
             index, count = place
             part = self._stream(split).shard(num_shards=count, index=index)
-            for number, row in enumerate(part.select_columns(["text"])):
-                yield f"{key}:{number}", records.text_of(row, f"{self.name}, {key}:{number}")
-
-        try:
-            yield from rows()
-        except ValueError:
-            raise
+            yield from part.select_columns(["text"])
         except Exception as error:  # Whatever the clients below `datasets` raise.
             raise RunError(
                 f"{self.name}: reading {key} failed ({_reason(error)}): run the same command "

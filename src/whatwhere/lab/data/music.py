@@ -197,7 +197,7 @@ class MidiCorpus(Corpus):
             {
                 "format": _FORMAT,
                 "corpus": "midi",
-                "files": {name: file_digest(path) for name, path in self._files.items()},
+                "files": [[name, file_digest(path)] for name, path in self._files.items()],
                 "metadata": file_digest(metadata) if metadata else None,
                 "tokenizer": self.tokenizer_fingerprint,
                 "versions": _versions(),

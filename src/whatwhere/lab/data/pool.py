@@ -69,6 +69,13 @@ def run_all(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def cores() -> int:
+    """Cores that this process may use, which a container or a scheduler may have made fewer."""
+    if hasattr(os, "sched_getaffinity"):  # Not on macOS and Windows.
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _start(shared: Any) -> None:
     # Ctrl-C reaches the whole group; the first process stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -28,7 +28,7 @@ from whatwhere.lab import environment, storage
 from whatwhere.lab.console import counting
 from whatwhere.lab.data import shards
 from whatwhere.lab.data.corpus import Corpus, CorpusSplit, Item
-from whatwhere.lab.data.pool import run_all
+from whatwhere.lab.data.pool import cores, run_all
 from whatwhere.lab.data.shards import PreparedFolder
 
 SHARD_TOKENS = 2**27
@@ -98,7 +98,8 @@ def prepare(
 
     Args:
         corpus: What to prepare.
-        output: A new folder, or one that an earlier call with the same corpus began.
+        output: A new folder, or one that an earlier call began: what is done there is kept, unless
+            it is of another corpus or the source was changed since.
         workers: Processes; as many as there are cores by default.
         shard_tokens: A shard takes parts until it has this many tokens.
         title: Of the progress bar; the corpus's name by default.
@@ -120,14 +121,9 @@ def prepare(
         _check_output(output, fingerprint)
         if not shards.is_prepared(output):
             job = _Job(corpus, output, shard_tokens)
-            _begin(job, fingerprint)
-            try:
-                _tokenize(job, items, workers or os.cpu_count() or 1, title or corpus.name)
-                _finish(job, items, fingerprint, left_out)
-            except ValueError:
-                # Once the source is mended its fingerprint is another: the parts are of no use.
-                shutil.rmtree(job.parts)
-                raise
+            _begin(job, items, fingerprint)
+            _tokenize(job, items, workers or cores(), title or corpus.name)
+            _finish(job, items, fingerprint, left_out)
         return PreparedFolder(output)
 
 
@@ -172,10 +168,7 @@ def _check_output(output: Path, fingerprint: str) -> None:
     found = {file.name for file in output.iterdir()} if output.exists() else set()
     if shards.MANIFEST in found:
         known = shards.read_manifest(output).fingerprint
-    elif PARTS in found:
-        plan = output / PARTS / "plan.json"
-        known = storage.read_json(plan)["fingerprint"] if plan.exists() else fingerprint
-    elif found - {".lock"}:
+    elif PARTS not in found and found - {".lock"}:
         raise ValueError(f"output: {output} holds other files; name a new folder")
     else:
         return
@@ -195,13 +188,26 @@ def _check_items(items: list[Item], corpus: Corpus) -> None:
         raise ValueError(f"{corpus.name}: {key!r} comes {times} times in the source")
 
 
-def _begin(job: _Job, fingerprint: str) -> None:
+def _begin(job: _Job, items: list[Item], fingerprint: str) -> None:
+    plan = job.parts / "plan.json"
+    if plan.exists():
+        same = storage.read_json(plan)["fingerprint"] == fingerprint
+        if not same or not all(_fits(job, n, item) for n, item in enumerate(items)):
+            # The source was mended, or its files moved: neither parts nor shards are its own.
+            for split in _SPLITS:
+                _remove(job.output.glob(f"{split}-*.npy"))
+            shutil.rmtree(job.parts)
     job.parts.mkdir(exist_ok=True)
     for folder in (job.parts, job.output):
-        _remove(file for file in folder.glob(".*.npy.*.partial"))  # of a kill
-    plan = job.parts / "plan.json"
+        _remove(folder.glob(".*.partial"))  # of a kill
     if not plan.exists():
         storage.write_json(plan, {"fingerprint": fingerprint})
+
+
+def _fits(job: _Job, number: int, item: Item) -> bool:
+    # Whether what is recorded under a number, if anything, is of this item.
+    record = job.record(number)
+    return not record.exists() or bool(storage.read_json(record)["key"] == item.key)
 
 
 def _tokenize(job: _Job, items: list[Item], workers: int, title: str) -> None:
@@ -271,6 +277,10 @@ def _check_tokens(tokens: NDArray[Any], corpus: Corpus, name: str) -> None:
 
 def _finish(job: _Job, items: list[Item], fingerprint: str, before: dict[str, int]) -> None:
     records = [storage.read_json(job.record(number)) for number in range(len(items))]
+    needed = job.corpus.only or "train"
+    if not any(needed in record["splits"] for record in records):
+        what = "training" if needed == "train" else needed
+        raise ValueError(f"{job.corpus.name}: the source gives no {what} document")
     splits: dict[CorpusSplit, shards.SplitRecord] = {}
     for split in _SPLITS:
         counts = {n: r["splits"][split] for n, r in enumerate(records) if split in r["splits"]}
@@ -281,8 +291,6 @@ def _finish(job: _Job, items: list[Item], fingerprint: str, before: dict[str, in
                 tokens=sum(tokens for _, tokens in counts.values()),
                 shards=tuple(_join(job, shard) for shard in planned),
             )
-    if "train" not in splits:
-        raise ValueError(f"{job.corpus.name}: the source gives no training document")
     left_out = Counter(before)
     for record in records:
         left_out.update(record["left_out"])

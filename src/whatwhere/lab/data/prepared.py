@@ -17,6 +17,7 @@ from torch import Tensor
 from whatwhere.lab.data import counter
 from whatwhere.lab.data.base import IGNORED, Batch, Device, Split, Task
 from whatwhere.lab.data.catalogue import check_name, make_corpus
+from whatwhere.lab.data.corpus import CorpusSplit
 from whatwhere.lab.data.pieces import Rows, TrainingRows, evaluation_rows, whole_windows
 from whatwhere.lab.data.prepare import PARTS, prepare
 from whatwhere.lab.data.shards import PreparedFolder, Stream, is_prepared
@@ -64,6 +65,11 @@ class TokensData(BaseModel):
         default=None, ge=1, description="read this many bytes of text at most"
     )
 
+    only: CorpusSplit | None = Field(
+        default=None,
+        description="prepare and read this split alone, of sets with splits of their own",
+    )
+
     @field_validator("paths", mode="before")
     @classmethod
     def _accept_one_path(cls, value: Any) -> Any:
@@ -80,9 +86,9 @@ class TokensTask(Task):
     """Sequences of a prepared data set for next-token prediction; its tokens stay on disk.
 
     `stream` draws windows of the training documents laid end to end, with replacement, as
-    `TextTask` does, and evaluates windows end to end. `pieces` goes once through all rows of
-    `pieces.TrainingRows` in an epoch, filled up on the right, and evaluates every token of every
-    document once.
+    `TextTask` does, and evaluates windows spread evenly. `pieces` goes once through all rows of
+    `pieces.TrainingRows` in an epoch, filled up on the right, and evaluates each document in rows
+    cut from its start. The first token of a row is not predicted.
 
     Transposition shifts the pitches of each training row by as many semitones, uniform in
     `-transpose .. transpose` and drawn from (seed, step, row), brought towards 0 until no pitch
@@ -105,14 +111,18 @@ class TokensTask(Task):
         self.vocab_size = manifest.tokenizer.vocab_size
         self.layout = manifest.layout if data.layout == "auto" else data.layout
         self.splits: tuple[Split, ...] = tuple(
-            split for split in get_args(Split) if split in manifest.splits
+            split
+            for split in get_args(Split)
+            if split in manifest.splits and data.only in (None, split)
         )
-        if "validation" not in self.splits:
-            raise ValueError(
-                f"{folder.path} has no validation document: prepare it from more documents"
-            )
+        needed = (data.only,) if data.only else ("train", "validation")
+        for name in needed:
+            if name not in manifest.splits:
+                raise ValueError(
+                    f"{folder.path} has no {name} document: prepare it from more documents"
+                )
         self._streams: dict[str, Stream] = {
-            split: folder.stream(split) for split in manifest.splits
+            split: folder.stream(split) for split in manifest.splits if data.only in (None, split)
         }
         self._check_sizes()
         self._pitches = manifest.ranges.get("pitch")
@@ -127,7 +137,13 @@ class TokensTask(Task):
         device: Device = "cpu",
         rows: range | None = None,
     ) -> Batch:
-        """Return the batch of a step; see `Task.train_batch`."""
+        """Return the batch of a step; see `Task.train_batch`.
+
+        Raises:
+            ValueError: With `only` another split, too.
+        """
+        if "train" not in self._streams:
+            raise ValueError(f"only={self.data.only!r}: there is nothing to train on")
         rows = self.check_train(seed, step, batch_size, rows)
         stream = self._streams["train"]
         if self.layout == "stream":
@@ -149,11 +165,11 @@ class TokensTask(Task):
     def evaluation_batches(
         self, split: Split, batch_size: int, limit: int | None = None, device: Device = "cpu"
     ) -> Iterator[Batch]:
-        """Yield a split: windows end to end, or every document cut from its start.
+        """Yield a split: windows of its stream, or every document cut from its start.
 
-        With a limit the sequences are spaced evenly over the split. A stream's remainder shorter
-        than a window is left out. Batches of pieces are as wide as their longest row. See
-        `Task.evaluation_batches`.
+        Windows, as many as fit, are spaced evenly without overlap: fewer tokens than a window are
+        left out between them. With a limit rows of pieces are, too. Batches of pieces are as wide
+        as their longest row. See `Task.evaluation_batches`.
         """
         self.check_evaluation(split, batch_size, limit)
         stream = self._streams[split]
@@ -267,6 +283,7 @@ def open_tokens(data: TokensData, cache_dir: Path | None = None) -> TokensTask:
         data.paths,
         tokenizer=data.tokenizer,
         max_bytes=data.max_bytes,
+        only=data.only,
         cache_dir=cache,
     )
     folder = cache / "prepared" / f"{data.dataset}-{corpus.fingerprint()[:12]}"

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from whatwhere.lab.data.extras import need
 from whatwhere.lab.data.tokens import default_cache_dir
-from whatwhere.lab.storage import new_folder
+from whatwhere.lab.storage import disk_errors, lock
 
 DATA_VARIABLE = "WHATWHERE_DATA"
 """A folder of data sets, looked into before anything is fetched."""
@@ -155,21 +156,24 @@ def _fetch(name: str, raw: Raw, cache: Path) -> Path:
     if is_offline():
         raise bring(name, what, raw.url, cache, "HF_HUB_OFFLINE is set")
     pooch = need("pooch", "data")
-    if cache.is_dir():
-        cache.rmdir()  # It is empty.
     try:
-        # Under another name until all is there and unpacked.
-        with new_folder(cache) as temporary:
-            pooch.retrieve(
-                raw.url,
-                raw.checksum,
-                file,
-                temporary,
-                processor=pooch.Unzip(extract_dir=".") if raw.archive else None,
-                progressbar=sys.stderr.isatty(),
-            )
-            if raw.archive:
-                (temporary / file).unlink()
+        with lock(cache, wait=True), disk_errors(cache):
+            if not _files(cache):  # Another process may have fetched it meanwhile.
+                # Under a hidden name until all is there and unpacked.
+                with TemporaryDirectory(dir=cache, prefix=".") as folder:
+                    temporary = Path(folder)
+                    pooch.retrieve(
+                        raw.url,
+                        raw.checksum,
+                        file,
+                        temporary,
+                        processor=pooch.Unzip(extract_dir=".") if raw.archive else None,
+                        progressbar=sys.stderr.isatty(),
+                    )
+                    if raw.archive:
+                        (temporary / file).unlink()
+                    for made in list(temporary.iterdir()):
+                        made.replace(cache / made.name)
     except ValueError as error:  # What came has another checksum.
         raise bring(name, what, raw.url, cache, _reason(error)) from error
     except OSError as error:

@@ -295,7 +295,7 @@ def mark_verified(path: Path, manifest: Manifest) -> None:
     """Note that the checksums of a folder were compared, so that opening it again is quick."""
     try:
         write_json(path / _VERIFIED, _marks(path, manifest))
-    except RunError:
+    except (RunError, OSError):
         return  # A folder that cannot be written to is compared each time it is opened.
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ _SPLIT_NAMES: dict[str, CorpusSplit] = {
     "val": "validation",
     "test": "test",
 }
+_HELD_OUT = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class _File:
     path: Path
     digest: str
     size: int
-    split: CorpusSplit | None
     mark: int = 0
+    split: CorpusSplit | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,10 @@ class TextFiles(TextDocuments):
         validation_fraction: See `TextDocuments`.
         max_bytes: Read this much at most: plain files in order, the last one cut; of records an
             equal share of parts spread over the source.
-        own_splits: Whether files below `train`, `validation` or `test`, or named so, keep that
-            split. `max_bytes` does not count those of validation and test, which are read whole.
+        own_splits: Whether files named `train`, `validation` or `test`, or in such a folder, keep
+            that split; of the folders those count that `paths` names, and those below.
+            `max_bytes` does not count validation and test, which are read whole.
+        only: One of these splits, to read nothing else.
         licence: Of the texts.
         homepage: Where they come from.
 
@@ -115,12 +118,14 @@ class TextFiles(TextDocuments):
         validation_fraction: float = VALIDATION_FRACTION,
         max_bytes: int | None = None,
         own_splits: bool = False,
+        only: CorpusSplit | None = None,
         licence: str = "that of the files",
         homepage: str = "",
     ) -> None:
         super().__init__(tokenizer, validation_fraction)
         self.name, self.licence, self.homepage = name, licence, homepage
-        self.paths, self.max_bytes, self.own_splits = tuple(paths), max_bytes, own_splits
+        self.paths, self.max_bytes = tuple(paths), max_bytes
+        self.own_splits, self.only = own_splits, only
         if not self.paths:
             raise ValueError("paths: name files, folders or patterns")
         if max_bytes is not None and max_bytes < 1:
@@ -165,7 +170,8 @@ class TextFiles(TextDocuments):
             for kind in ("plain", "records")
             for file in getattr(self._scanned, kind)
         ]
-        return ["files", 1, files, self.max_bytes, DOCUMENT_BYTES]
+        chosen = [self.only] if self.only else []
+        return ["files", 1, files, self.max_bytes, DOCUMENT_BYTES, *chosen]
 
     def describe(self) -> dict[str, Any]:
         """See `Corpus.describe`."""
@@ -177,6 +183,7 @@ class TextFiles(TextDocuments):
             "split": "by its own files, else by digest" if self.own_splits else self._split_rule(),
             "validation_fraction": self.validation_fraction,
             "max_bytes": self.max_bytes,
+            "only": self.only,
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -199,13 +206,18 @@ class TextFiles(TextDocuments):
         for path in self.paths:
             files, named = find_files(path)
             before = len(plain) + len(others)
+            root = _root(path)
             for file in files:
+                split = _own_split(file, root) if self.own_splits else None
+                if self.only not in (None, split):
+                    left_out.append("files of other splits")
+                    continue
                 is_record = records.is_record_file(file)
-                limit = None if self._is_held_out(file) else left
+                limit = None if split in _HELD_OUT else left
                 try:
                     if limit == 0 and not is_record:
                         raise _UnusableError("beyond max_bytes")
-                    found = self._scan_records(file) if is_record else self._scan(file, limit)
+                    found = _scan_records(file) if is_record else _scan_plain(file, limit)
                 except _UnusableError as problem:
                     if named and str(problem) != "beyond max_bytes":
                         raise ValueError(
@@ -217,44 +229,16 @@ class TextFiles(TextDocuments):
                 if found.digest in known:
                     left_out.append("files repeated")
                     continue
-                known[found.digest] = found
+                known[found.digest] = replace(found, split=split)
                 if left is not None and limit is not None and not is_record:
                     cut = file.stat().st_size > found.mark + found.size
                     left = 0 if cut else left - found.size
             if len(plain) + len(others) == before and not left_out:
                 raise ValueError(f"paths: {path!r} holds no UTF-8 text")
         if not plain and not others:
-            raise ValueError(f"paths: {', '.join(self.paths)} holds no UTF-8 text")
+            what = f"{self.only} split" if self.only else "UTF-8 text"
+            raise ValueError(f"paths: {', '.join(self.paths)} holds no {what}")
         return _Scan(tuple(plain.values()), tuple(others.values()), tuple(left_out))
-
-    def _scan_records(self, file: Path) -> _File:
-        try:
-            size = file.stat().st_size
-            digest = sha256_of(file)
-        except OSError as error:
-            raise ValueError(f"paths: {str(file)!r}: {error.strerror}") from None
-        if not size:
-            raise _UnusableError("empty")
-        return _File(file, digest, size, self._own_split(file))
-
-    def _scan(self, file: Path, limit: int | None) -> _File:
-        try:
-            digest, size, mark = _scan_text(file, limit)
-        except OSError as error:
-            raise _UnusableError(f"unreadable ({error.strerror})") from None
-        return _File(file, digest, size, self._own_split(file), mark)
-
-    def _is_held_out(self, file: Path) -> bool:
-        return self._own_split(file) in ("validation", "test")
-
-    def _own_split(self, file: Path) -> CorpusSplit | None:
-        if not self.own_splits:
-            return None
-        stem = file.name.partition(".")[0].partition("-")[0]
-        for name in (stem, *reversed(file.parent.parts)):
-            if name.lower() in _SPLIT_NAMES:
-                return _SPLIT_NAMES[name.lower()]
-        return None
 
     def _pieces(self) -> Iterator[Piece]:
         found = self._scanned
@@ -283,10 +267,10 @@ class TextFiles(TextDocuments):
         held_out: list[tuple[records.RecordPart, CorpusSplit | None]] = []
         for file in self._scanned.records:
             found = [(part, file.split) for part in records.parts(file.path, size)]
-            (held_out if self._is_held_out(file.path) else free).extend(found)
+            (held_out if file.split in _HELD_OUT else free).extend(found)
         limit = None
         if self.max_bytes is not None:
-            read = sum(f.size for f in self._scanned.plain if not self._is_held_out(f.path))
+            read = sum(f.size for f in self._scanned.plain if f.split not in _HELD_OUT)
             free, limit = spread(free, self.max_bytes - read)
         for parts, bound in ((free, limit), (held_out, None)):
             for part, split in parts:
@@ -303,6 +287,43 @@ def spread(parts: list[Any], max_bytes: int) -> tuple[list[Any], int]:
 
 class _UnusableError(Exception):
     """A file that is left out if it is not named."""
+
+
+def _root(path: str) -> Path:
+    # The folder that a path names, be it one, or a file or pattern in it.
+    place = Path(path).expanduser()
+    while not place.is_dir():
+        place = place.parent
+    return place
+
+
+def _own_split(file: Path, root: Path) -> CorpusSplit | None:
+    # By its own name, then the folders from the nearest on; never one above the root.
+    stem = file.name.partition(".")[0].partition("-")[0]
+    folders = (root.name, *file.relative_to(root).parts[:-1])
+    for name in (stem, *reversed(folders)):
+        if name.lower() in _SPLIT_NAMES:
+            return _SPLIT_NAMES[name.lower()]
+    return None
+
+
+def _scan_records(file: Path) -> _File:
+    try:
+        size = file.stat().st_size
+        digest = sha256_of(file)
+    except OSError as error:
+        raise ValueError(f"paths: {str(file)!r}: {error.strerror}") from None
+    if not size:
+        raise _UnusableError("empty")
+    return _File(file, digest, size)
+
+
+def _scan_plain(file: Path, limit: int | None) -> _File:
+    try:
+        digest, size, mark = _scan_text(file, limit)
+    except OSError as error:
+        raise _UnusableError(f"unreadable ({error.strerror})") from None
+    return _File(file, digest, size, mark)
 
 
 def _scan_text(file: Path, limit: int | None) -> tuple[str, int, int]:

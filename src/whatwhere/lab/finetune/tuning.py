@@ -122,7 +122,10 @@ def prepare(
     config = source.load_config()
     _check_vocabulary(task, config.vocab_size)
     with torch.device("meta"):
-        limit = longest(_empty(config))
+        empty = _empty(config)
+        limit = longest(empty)
+    if settings.checkpointing and not empty.supports_gradient_checkpointing:
+        raise ValueError(f"checkpointing: {type(empty).__name__} does not support it")
     if limit is not None and length > limit:
         raise ValueError(f"length={length} is beyond the model's table of positions ({limit})")
     lengths, notes = _lengths(subject.train_length, length, task, settings, limit)
@@ -167,7 +170,8 @@ def finetune(tuning: Tuning, model: Any = None) -> pd.DataFrame:
     if model is None and not tuning.trained:
         model = tuning.load_model()
     if not is_main_process():
-        _train(tuning, model)
+        if not tuning.trained:
+            _train(tuning, model)
         return pd.DataFrame(columns=COLUMNS)
     with storage.lock(tuning.folder):
         _check_record(tuning)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from whatwhere.lab.data import IndirectIndexingData, IndirectIndexingTask
+from whatwhere.lab.data.hub import HUB
 from whatwhere.lab.data.tokens import load_tokenizer
 
 TOKENIZERS = {
@@ -28,12 +29,8 @@ DATASETS = {
     "midi": 328,
     "genome": 4107,
     "fasta": 4107,
-    "openwebtext": 50257,
-    "pg19": 50257,
-    "fineweb": 50257,
-    "fineweb-edu": 50257,
-    "dolma": 128256,
     "text": 256,
+    **{name: TOKENIZERS[found.tokenizer] for name, found in HUB.items()},
 }
 """Token ids of data sets whose settings name no tokenizer."""
 
