@@ -76,7 +76,7 @@ def test_page_opens_from_disk_and_fits(
         "[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth, "
         "i.naturalHeight / i.naturalWidth - i.clientHeight / i.clientWidth])"
     )
-    assert len(images) == {"every": 3, "long": 3, "answers": 3}[name]
+    assert len(images) == {"every": 4, "long": 4, "answers": 3}[name]
     for complete, natural, shown, distortion in images:
         assert complete and natural > 200 and abs(distortion) < 0.01
         assert shown > 0.85 * min(width, 1024) - 60
