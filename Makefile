@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SHARE = -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-oldest quick-test check format bench docs clean
+.PHONY: demo test test-oldest quick-test check check-kernels format bench docs clean
 
 demo: $(VENV)/.lab
 	$(BIN)/whatwhere compare text --preset quick --output runs/demo
@@ -34,6 +34,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The Triton kernels compiled for devices that are not here, against the record.
+check-kernels: $(VENV)/.dev
+	$(BIN)/python benchmarks/compile_check.py --brief --workers $(WORKERS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
