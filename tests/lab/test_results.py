@@ -9,12 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from conftest import ROOT
 from whatwhere.cli import main
 from whatwhere.lab import recipes, storage
 from whatwhere.lab.recipes import PaperFigure
 from whatwhere.lab.results import markdown, store
 
+ROOT = Path(__file__).resolve().parents[2]
 NAME, PRESET = "openwebtext-124m", "quick"
 
 
