@@ -95,6 +95,27 @@ def test_the_folder_of_the_environment_stands_in(
     assert task_data(EvaluationSettings(task_data="elsewhere")) == Path("elsewhere")
 
 
+def test_a_table_of_positions_that_is_too_short_stops_nothing_else(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe(
+        text(tmp_path),
+        evaluation={
+            "lengths": [],
+            "tasks": ["piqa"],
+            "task_data": str(data_dir),
+            "task_limit": 1,
+            "task_max_length": 512,
+        },
+        training={"steps": 1},
+        encodings={"learned": {"name": "learned"}},
+    )
+    Comparison(made, tmp_path / "runs").run()
+    assert "its table of positions ends at 32" in " ".join(capsys.readouterr().out.split())
+    found = set(pd.read_csv(tmp_path / "runs" / "results.csv")["metric"])
+    assert "validation_loss" in found and not any(name.startswith("piqa") for name in found)
+
+
 @pytest.mark.slow
 def test_a_comparison_is_scored_and_resumed(
     tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch

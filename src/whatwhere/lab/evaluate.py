@@ -19,7 +19,7 @@ from whatwhere.lab.data.base import IGNORED
 from whatwhere.lab.pretrained import Source
 from whatwhere.lab.reading import READING, Reading
 from whatwhere.lab.runs import Run
-from whatwhere.lab.task_scores import task_scores
+from whatwhere.lab.task_scores import read_in_tasks, task_scores
 
 # Bounds of one forward pass: tokens, and numbers in its logits (512 MiB in float32).
 MAX_TOKENS = 16384
@@ -182,7 +182,14 @@ def evaluate(
             write_positions(run.positions, max(losses, key=lambda found: found.length))
         storage.write_json(run.folder / READING, reading.describe())
     values += _costs(run, model, task)
-    values += task_scores(run, weights, task, model)
+    needed, limit = read_in_tasks(settings, task.length), longest(model)
+    if settings.tasks and limit is not None and needed > limit:
+        notes.append(
+            f"no scores of tasks, which read {needed} tokens: its table of positions ends at "
+            f"{limit}"
+        )
+    else:
+        values += task_scores(run, weights, task, model)
     storage.write_rows(run.results, run.rows(values), runs.COLUMNS)
     return notes
 

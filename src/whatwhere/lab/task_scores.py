@@ -80,6 +80,14 @@ def task_data(settings: EvaluationSettings) -> Path | None:
     return Path(named).expanduser() if named else None
 
 
+def read_in_tasks(
+    settings: EvaluationSettings, train_length: int, lengths: tuple[int, ...] | None = None
+) -> int:
+    """Tokens that a model reads at most, of prompts of these lengths (default: the recipe's)."""
+    asked = settings.task_lengths if lengths is None else lengths
+    return settings.task_max_length or max((*asked, train_length))
+
+
 def task_scores(run: Run, weights: Run, task: Task, model: Any) -> list[Score]:
     """Scores of a run in its recipe's tasks; those that its folder has finished are kept.
 
@@ -126,7 +134,7 @@ def _scores(
 ) -> list[Score]:
     from whatwhere.lab.harness import running
 
-    longest = settings.task_max_length or max((*lengths, train_length))
+    longest = read_in_tasks(settings, train_length, lengths)
     given = Settings(
         model=model,
         tasks=settings.tasks,

@@ -112,7 +112,8 @@ def quick(shape: str, edition: str, length: int) -> Recipe:
         name=f"partial-rope-{shape}{edition}-{length}",
         description=(
             f"A stand-in for {shape} (4 layers x 128) at length {short} on bytes of --text, else "
-            "of Python's own source: minutes on a CPU, no figures of a paper"
+            "of Python's own source: minutes on a CPU, no figures of a paper. Of heads of 32, 1 % "
+            "and 4 % are one pair"
         ),
         data=TextData(tokenizer="bytes", length=short),
         model=model,
