@@ -10,6 +10,7 @@ import pytest
 
 from whatwhere import cli
 from whatwhere.lab import recipes
+from whatwhere.lab.plan.grid import Grid
 from whatwhere.lab.plan.vocabulary import TOKENIZERS
 
 
@@ -115,3 +116,14 @@ def test_impossible_input_is_one_line(
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_too_wide_stands_upright() -> None:
+    grid = Grid("wide", ("encoding", "a long head", "another"), (("rope", "1", "2"),))
+    assert [str(column.header) for column in grid.rich(80).columns] == list(grid.columns)
+    upright = grid.rich(20)
+    assert [str(column.header) for column in upright.columns] == ["encoding", "rope"]
+    assert [list(column.cells) for column in upright.columns] == [
+        ["a long head", "another"],
+        ["1", "2"],
+    ]

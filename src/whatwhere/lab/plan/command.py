@@ -88,7 +88,7 @@ class Plan:
         said, grids = assumptions(plan), table.grids(plan)
         console = Console()
         for grid in grids:
-            console.print(grid.rich())
+            console.print(grid.rich(console.width))
         lines = table.summary(plan)
         for line in (*lines, "", "assumed:", *(f"- {line}" for line in said)):
             console.print(line, highlight=False, soft_wrap=True)
@@ -118,7 +118,7 @@ class Plan:
         said = list(dict.fromkeys(line for plan in plans for line in general(plan)))
         said += [f"{plan.recipe.name}: {line}" for plan in plans for line in particular(plan)]
         console = Console()
-        console.print(grid.rich())
+        console.print(grid.rich(console.width))
         for line in ("assumed:", *(f"- {line}" for line in said)):
             console.print(line, highlight=False, soft_wrap=True)
         if self.json is not None:

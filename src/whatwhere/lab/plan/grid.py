@@ -21,14 +21,22 @@ class Grid:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
-    def rich(self) -> Table:
-        """To be printed."""
+    def rich(self, width: int) -> Table:
+        """To be printed within a width; a few rows that are too wide for it stand upright."""
+        cells = zip(self.columns, *self.rows, strict=True)
+        needed = 1 + sum(3 + max(map(len, column)) for column in cells)
+        if needed > width and len(self.rows) < len(self.columns):
+            return self._upright().rich(needed)
         table = Table(title=self.title, title_justify="left")
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if number else "left")
         for row in self.rows:
             table.add_row(*row)
         return table
+
+    def _upright(self) -> Grid:
+        columns, *rows = zip(self.columns, *self.rows, strict=True)
+        return Grid(self.title, columns, tuple(rows))
 
     def markdown(self) -> str:
         """To be written."""
