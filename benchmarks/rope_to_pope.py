@@ -26,12 +26,13 @@ from matplotlib.style import context
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
+from whatwhere.analysis.plots.palette import Style
+from whatwhere.analysis.plots.style import GREY, RC
 from whatwhere.lab import runs, storage
 from whatwhere.lab.data import TextTask, make_task
 from whatwhere.lab.evaluate import length_loss, load_model, mean_loss, rows_for
 from whatwhere.lab.recipes.schema import EncodingChoice
-from whatwhere.lab.report.canvas import GREY, RC, End, canvas, end_labels, save
-from whatwhere.lab.report.palette import Style
+from whatwhere.lab.report.canvas import End, canvas, end_labels, save
 from whatwhere.lab.train import train
 from whatwhere.models import WhatWhereConfig, WhatWhereForCausalLM
 from whatwhere.models.initialise import (

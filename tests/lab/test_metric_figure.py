@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from whatwhere.analysis.plots.palette import styles, title
 from whatwhere.lab import recipes, storage
 from whatwhere.lab.compare import summary
 from whatwhere.lab.report.figures import draw_loss_by_length
 from whatwhere.lab.report.findings import best_first, finding, main_metric
 from whatwhere.lab.report.metric_figure import draw_metric
 from whatwhere.lab.report.page import build_report
-from whatwhere.lab.report.palette import styles, title
 
 COLUMNS = ["encoding", "seed", "metric", "length", "value"]
 

@@ -25,7 +25,6 @@ from whatwhere.lab.plan.command import EVERYTHING, Plan, everything
 from whatwhere.lab.process import is_main_process, main_process_first
 from whatwhere.lab.recipes import Recipe
 from whatwhere.lab.recipes.files import describe_error
-from whatwhere.lab.report.palette import title
 from whatwhere.lab.results.command import Results
 from whatwhere.lab.storage import disk_errors
 
@@ -332,6 +331,8 @@ def _listing() -> Table:
 
 def _figures(recipe: Recipe) -> str:
     # RoPE 0.5081, PoPE 0.4889: the metrics of a recipe one after the other.
+    from whatwhere.analysis.plots.palette import title  # help does not wait for matplotlib
+
     found: dict[str, list[str]] = {}
     for label, figures in recipe.paper.items():
         for metric, figure in figures.items():

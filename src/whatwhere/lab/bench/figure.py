@@ -10,9 +10,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
+from whatwhere.analysis.plots.axes import length_axis
+from whatwhere.analysis.plots.palette import KNOWN, SPARE, Style, title
+from whatwhere.analysis.plots.style import GREY, RC
 from whatwhere.lab.bench.results import Row
-from whatwhere.lab.report.canvas import GREY, RC, End, canvas, end_labels, length_axis, save
-from whatwhere.lab.report.palette import KNOWN, SPARE, Style, title
+from whatwhere.lab.report.canvas import End, canvas, end_labels, save
 
 # What a figure is of; lines differ in encoding and backend, points in length.
 _SAME = (
@@ -87,7 +89,7 @@ def draw_one(rows: Sequence[Row]) -> Figure:
         place.axes.axhline(y_limit, color=GREY, linewidth=1.4, linestyle="--", zorder=2)
     place.axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)
     _axes(place.axes, rows, [p[1] for points in lines.values() for p in points])
-    length_axis(place, lengths, None)
+    length_axis(place.axes, lengths, None)
     end_labels(place, ends)
     return place.figure
 

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 from matplotlib.ticker import EngFormatter
 
+from whatwhere.analysis.plots.palette import Style, styles
+from whatwhere.analysis.plots.style import RC
 from whatwhere.lab.report.canvas import (
-    RC,
     SETTLED,
     End,
     canvas,
@@ -23,7 +24,6 @@ from whatwhere.lab.report.canvas import (
     thinned,
 )
 from whatwhere.lab.report.figures import loss_by_length
-from whatwhere.lab.report.palette import Style, styles
 
 WHEN = {
     "before": Style("before", "#8a929c", "o", "--"),

@@ -1,8 +1,7 @@
-"""Where things go in a figure: its canvas, axes of lengths and steps, labels at line ends."""
+"""Where things go in a figure: its canvas, axes of steps, labels at line ends."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,46 +12,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.style import context
-from matplotlib.ticker import (
-    FixedFormatter,
-    FixedLocator,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-)
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from whatwhere.lab.report.palette import Style
+from whatwhere.analysis.plots.palette import Style
+from whatwhere.analysis.plots.style import DPI, GREY, png, shorten, svg
 from whatwhere.lab.storage import disk_errors, write_text
-
-DPI = 160
-INK, GREY, FAINT = "#1f2328", "#5b6470", "#e4e7eb"
-
-RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#8a929c",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.8,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
-    "ytick.major.size": 0,
-    "lines.linewidth": 2.0,
-    "lines.markeredgecolor": "white",
-    "legend.frameon": False,
-}
-"""Settings of matplotlib that every figure is drawn with; all others are its defaults."""
 
 LONGEST_NAME = 32
 """Characters of a name that are shown."""
@@ -149,11 +113,6 @@ def canvas(
     return Canvas(figure, axes, narrow, start)
 
 
-def shorten(name: str, most: int) -> str:
-    """A name of at most so many characters."""
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
 def band(axes: Any, x: Any, y: Any, deviation: Any, style: Style) -> None:
     """Shade one standard deviation on each side; where there is one seed there is none."""
     width = np.nan_to_num(deviation)
@@ -161,20 +120,6 @@ def band(axes: Any, x: Any, y: Any, deviation: Any, style: Style) -> None:
         axes.fill_between(x, y - width, y + width, color=style.colour, alpha=0.18, linewidth=0)
     if len(x) == 1 and width.any():
         axes.errorbar(x, y, yerr=width, color=style.colour, capsize=3)
-
-
-def length_axis(place: Canvas, lengths: Sequence[int], train_length: int | None) -> None:
-    """Make x a log2 axis with a tick at each length, as far as their labels have room."""
-    ends = [*lengths, train_length] if train_length else list(lengths)
-    axes = place.axes
-    axes.set_xscale("log", base=2)
-    low, high = np.log2(min(ends)), np.log2(max(ends))
-    room = max(0.03 * (high - low), 0.06)
-    axes.set_xlim(2 ** (low - room), 2 ** (high + room))
-    shown = _with_room(place, sorted(set(lengths)), train_length)
-    axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_major_formatter(FixedFormatter([f"{length:,}" for length in shown]))
-    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def step_axis(place: Canvas, last: int) -> None:
@@ -186,39 +131,6 @@ def step_axis(place: Canvas, last: int) -> None:
         MaxNLocator(4 if place.narrow else 8, steps=[1, 2, 2.5, 5, 10], integer=True)
     )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def percent_axis(axis: Any) -> None:
-    """Ticks at 0, 20, ... 100."""
-    axis.set_major_locator(FixedLocator(range(0, 101, 20)))
-
-
-def decimal_axis(axis: Any) -> None:
-    """Plain numbers at 1, 1.5, 2, 3, 5, 7 times the powers of ten of a log axis."""
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-
-
-def mark_training_length(place: Canvas, length: int | None) -> None:
-    """Draw a vertical line at the training length, named above the axes."""
-    if length is None:
-        return
-    axes = place.axes
-    axes.axvline(length, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    share = axes.transAxes.inverted().transform(axes.transData.transform((length, 0)))[0]
-    side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
-    axes.annotate(
-        f"trained at {length:,}",
-        (length, 1),
-        xycoords=axes.get_xaxis_transform(),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha=side,
-        va="bottom",
-        fontsize=9,
-        color=GREY,
-    )
 
 
 def end_labels(place: Canvas, ends: Sequence[End]) -> None:
@@ -295,30 +207,19 @@ def save(figure: Figure, path_stem: Path) -> list[Path]:
     Raises:
         DiskFullError: If there is no space left.
     """
-    png = path_stem.with_name(path_stem.name + ".png")
+    image = path_stem.with_name(path_stem.name + ".png")
     vector = path_stem.with_name(path_stem.name + ".svg")
-    content = io.BytesIO()
-    with context(RC, after_reset=True):
-        FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
-    temporary = png.with_name(f".{png.name}.partial")
-    with disk_errors(png):
-        png.parent.mkdir(parents=True, exist_ok=True)
+    content = png(figure)
+    temporary = image.with_name(f".{image.name}.partial")
+    with disk_errors(image):
+        image.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content.getvalue())
-            temporary.replace(png)
+            temporary.write_bytes(content)
+            temporary.replace(image)
         finally:
             temporary.unlink(missing_ok=True)
     write_text(vector, svg(figure))
-    return [png, vector]
-
-
-def svg(figure: Figure) -> str:
-    """A figure as SVG whose text is drawn as paths: the same everywhere, and without a date."""
-    content = io.BytesIO()
-    fixed = {**RC, "svg.hashsalt": "whatwhere", "svg.fonttype": "path"}
-    with context(fixed, after_reset=True):  # ticks are made only now
-        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
-    return content.getvalue().decode()
+    return [image, vector]
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -377,25 +278,3 @@ def _legend(place: Canvas, ends: Sequence[End]) -> None:
 
 def _legend_columns(longest: int) -> int:
     return 2 if longest <= 16 else 1
-
-
-def _with_room(place: Canvas, lengths: Sequence[int], train_length: int | None) -> list[int]:
-    # Both ends and the training length first, then whatever fits between, short to long.
-    axes = place.axes
-
-    def spot(length: int) -> float:
-        return float(axes.transData.transform((length, 0))[0])
-
-    def width(length: int) -> float:
-        return (6.2 * len(f"{length:,}") + 6) * place.figure.dpi / 72
-
-    middle = [length for length in lengths if length == train_length]
-    first = [lengths[-1], lengths[0], *middle]
-    shown: list[int] = []
-    for length in [*first, *lengths]:
-        if all(
-            abs(spot(length) - spot(other)) >= (width(length) + width(other)) / 2
-            for other in shown
-        ):
-            shown.append(length)
-    return sorted(shown)

@@ -17,28 +17,29 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
+from whatwhere.analysis.plots.axes import (
+    decimal_axis,
+    length_axis,
+    mark_training_length,
+    percent_axis,
+)
+from whatwhere.analysis.plots.palette import Style, styles
+from whatwhere.analysis.plots.style import RC, shorten
 from whatwhere.lab.report.canvas import (
     LONGEST_NAME,
-    RC,
     SETTLED,
     Canvas,
     End,
     band,
     canvas,
-    decimal_axis,
     end_labels,
-    length_axis,
     limit,
-    mark_training_length,
-    percent_axis,
     points,
     save,
-    shorten,
     smoothed,
     step_axis,
     thinned,
 )
-from whatwhere.lab.report.palette import Style, styles
 
 Styles = Mapping[str, Style]
 
@@ -180,8 +181,8 @@ def draw_loss_by_length(
         more = max(0.0, LEAST_SPAN * high - (high - low)) / 2
         place.axes.set_ylim(low - more, high + more)
     place.axes.set_xlabel(f"length of the window, {_plural(unit)}")
-    length_axis(place, sorted(set(table["length"])), train_length)
-    mark_training_length(place, train_length)
+    length_axis(place.axes, sorted(set(table["length"])), train_length)
+    mark_training_length(place.axes, train_length)
     end_labels(place, ends)
     return place.figure
 
@@ -221,8 +222,8 @@ def draw_loss_by_position(
     place.axes.set_xlabel(f"position, {_plural(unit)} from the start of the window")
     longest = int(table["position"].max()) + 1
     powers = [2**k for k in range(math.floor(math.log2(longest)) + 1)]
-    length_axis(place, [*powers, longest], train_length)
-    mark_training_length(place, train_length)
+    length_axis(place.axes, [*powers, longest], train_length)
+    mark_training_length(place.axes, train_length)
     end_labels(place, ends)
     return place.figure
 

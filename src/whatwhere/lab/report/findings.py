@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from whatwhere.analysis.plots.palette import title
 from whatwhere.lab.recipes.schema import PaperFigure
-from whatwhere.lab.report.palette import title
 
 MOST_NAMED = 4
 

@@ -9,9 +9,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
-from whatwhere.lab.report.canvas import LONGEST_NAME, RC, canvas, shorten
+from whatwhere.analysis.plots.palette import Style, styles
+from whatwhere.analysis.plots.style import RC, shorten
+from whatwhere.lab.report.canvas import LONGEST_NAME, canvas
 from whatwhere.lab.report.figures import PAPER
-from whatwhere.lab.report.palette import Style, styles
 
 
 @context(RC, after_reset=True)

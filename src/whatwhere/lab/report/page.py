@@ -12,13 +12,14 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from whatwhere.analysis.plots.palette import Style, styles, title
+from whatwhere.analysis.plots.style import svg
 from whatwhere.lab.data import IndirectIndexingData
 from whatwhere.lab.recipes.schema import Recipe
 from whatwhere.lab.report import figures
-from whatwhere.lab.report.canvas import save, svg
+from whatwhere.lab.report.canvas import save
 from whatwhere.lab.report.findings import best_first, finding, main_metric
 from whatwhere.lab.report.metric_figure import draw_metric
-from whatwhere.lab.report.palette import Style, styles, title
 from whatwhere.lab.report.records import Comparison, RunRecord, read_comparison
 from whatwhere.lab.report.tables import facts_table, loss_table, split_table, state
 from whatwhere.lab.runs import RunConfig

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from whatwhere.analysis.plots.palette import Style, title
 from whatwhere.lab.recipes.schema import EncodingChoice, PaperFigure, Recipe
 from whatwhere.lab.report.findings import changes, percent, statistics
-from whatwhere.lab.report.palette import Style, title
 from whatwhere.lab.report.records import Comparison, RunRecord
 
 Paper = Mapping[str, Mapping[str, PaperFigure]]

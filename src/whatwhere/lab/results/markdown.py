@@ -11,11 +11,11 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
+from whatwhere.analysis.plots.palette import title
 from whatwhere.lab import recipes, storage
 from whatwhere.lab.recipes.schema import Recipe
 from whatwhere.lab.report.findings import statistics
 from whatwhere.lab.report.page import unit_of
-from whatwhere.lab.report.palette import title
 
 NOT_RUN = "not run here"
 

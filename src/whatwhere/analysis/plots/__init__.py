@@ -1,0 +1,1 @@
+"""Figures of what `whatwhere.analysis` measures; importing this package imports matplotlib."""
