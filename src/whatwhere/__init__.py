@@ -73,7 +73,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`whatwhere.models` and `whatwhere.compat` when they are asked for: they need more."""
-    if name in ("compat", "models"):
+    """`whatwhere.analysis`, `models` and `compat` when they are asked for: they need more."""
+    if name in ("analysis", "compat", "models"):
         return import_module(f"whatwhere.{name}")
     raise AttributeError(f"module 'whatwhere' has no attribute {name!r}")

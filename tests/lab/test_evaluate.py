@@ -9,9 +9,10 @@ from tiny import recipe
 from torch import Tensor, nn
 
 import whatwhere as ww
+from whatwhere.analysis.layers import table_length
 from whatwhere.lab import evaluate
 from whatwhere.lab.data import Batch
-from whatwhere.lab.evaluate import length_loss, longest, mean_loss, rows_for
+from whatwhere.lab.evaluate import length_loss, mean_loss, rows_for
 from whatwhere.lab.recipes import EncodingChoice
 from whatwhere.lab.train import build_model
 
@@ -152,14 +153,14 @@ def test_nothing_labelled_is_an_error() -> None:
 def test_tables_of_positions_limit_the_length() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-    assert longest(model("learned")) == 96
-    assert longest(model("learned", max_length=200)) == 200
+    assert table_length(model("learned")) == 96
+    assert table_length(model("learned", max_length=200)) == 200
     for name in ("rope", "pope", "sinusoidal", "alibi"):
-        assert longest(model(name)) is None
+        assert table_length(model(name)) is None
     gpt2 = GPT2LMHeadModel(
         GPT2Config(n_positions=24, n_embd=8, n_layer=1, n_head=1, vocab_size=50)
     )
-    assert longest(gpt2) == 24
+    assert table_length(gpt2) == 24
     opt = OPTForCausalLM(
         OPTConfig(
             max_position_embeddings=24,
@@ -171,4 +172,4 @@ def test_tables_of_positions_limit_the_length() -> None:
             vocab_size=50,
         )
     )
-    assert longest(opt) == 24
+    assert table_length(opt) == 24

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import whatwhere as ww
+from whatwhere.analysis.layers import table_length
 from whatwhere.lab import runs, storage
 from whatwhere.lab.data import Batch, IndirectIndexingTask, Task
 from whatwhere.lab.data.base import IGNORED
@@ -121,21 +122,6 @@ def length_loss(model: nn.Module, windows: Tensor, precision: str = "no") -> Len
     return LengthLoss(length, count, by_position.mean().item(), by_position)
 
 
-def longest(model: nn.Module) -> int | None:
-    """The longest sequence that a model's tables of positions allow; `None` if any.
-
-    Our learned encoding says so itself. Models of others with a table of position embeddings
-    (GPT-2, OPT) are known by the name of that table.
-    """
-    tables: list[int] = [m.max_length for m in model.modules() if isinstance(m, ww.Learned)]
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
-            rows = module.num_embeddings
-            tables.append(getattr(cast(Any, model).config, "max_position_embeddings", rows))
-    return min(tables, default=None)
-
-
 def load_model(folder: Path) -> Any:
     """A causal language model of ours or of `transformers`, from a folder on this disk.
 
@@ -182,7 +168,7 @@ def evaluate(
             write_positions(run.positions, max(losses, key=lambda found: found.length))
         storage.write_json(run.folder / READING, reading.describe())
     values += _costs(run, model, task)
-    needed, limit = read_in_tasks(settings, task.length), longest(model)
+    needed, limit = read_in_tasks(settings, task.length), table_length(model)
     if settings.tasks and limit is not None and needed > limit:
         notes.append(
             f"no scores of tasks, which read {needed} tokens: its table of positions ends at "
@@ -222,7 +208,7 @@ def _length_losses(
     run: Run, model: Any, reading: Reading, prepare: Callable[[int], None]
 ) -> tuple[list[LengthLoss], list[str]]:
     settings = run.config.evaluation
-    limit = longest(model)
+    limit = table_length(model)
     losses, notes = [], []
     for length in settings.lengths:
         if limit is not None and length > limit:

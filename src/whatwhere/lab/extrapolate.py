@@ -11,6 +11,7 @@ import pandas as pd
 from rich.table import Table
 from torch import Tensor
 
+from whatwhere.analysis.layers import table_length
 from whatwhere.lab import runs, storage
 from whatwhere.lab.data import (
     IndirectIndexingData,
@@ -24,7 +25,6 @@ from whatwhere.lab.evaluate import (
     LengthLoss,
     length_loss,
     load_model,
-    longest,
     write_positions,
 )
 from whatwhere.lab.pretrained import TOKENIZER_FILES
@@ -111,7 +111,7 @@ def extrapolate(
         raise ValueError(f"tokens: expected at least 1, got {tokens}")
     windows = _windows(subject, texts, wanted, tokens)
     model = load_model(subject.model).eval()
-    limit = longest(model)
+    limit = table_length(model)
     if limit is not None and wanted[-1] > limit:
         raise ValueError(
             f"lengths: {wanted[-1]} is beyond the model's table of positions, which ends at "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -12,6 +14,10 @@ from whatwhere.models.cache import choose_form
 from whatwhere.models.configuration import WhatWhereConfig
 from whatwhere.models.layer_encodings import make_layer_encoding
 from whatwhere.models.layout import Layout
+from whatwhere.spec import ScoreSpec
+
+Observer = Callable[[nn.Module, Tensor, Tensor, ScoreSpec, Layout], None]
+"""Is shown queries ``(B, H, T, D)`` and keys ``(B, G, T, D)`` before each call of attention."""
 
 
 class ResidualLinear(nn.Linear):
@@ -24,6 +30,9 @@ class WhatWhereAttention(nn.Module):
     Args:
         config: The model's shape.
         layer: Index of the layer, also in caches.
+
+    Attributes:
+        observer: Called by each forward pass, for `whatwhere.analysis`; ``None`` otherwise.
     """
 
     def __init__(self, config: WhatWhereConfig, layer: int) -> None:
@@ -41,6 +50,7 @@ class WhatWhereAttention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.encoding = make_layer_encoding(config, layer)
+        self.observer: Observer | None = None
 
     def forward(self, hidden: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """``(B, T, hidden_size)`` to the same."""
@@ -59,6 +69,8 @@ class WhatWhereAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: Cache | None
     ) -> Tensor:
         spec = self.encoding(q.device)
+        if self.observer is not None:
+            self.observer(self, q, k, spec, layout)
         if layout.context is not None:
             # Positions that restart matter to a length temperature alone: see `Layout.at`.
             restarting = spec.temperature_length is not None

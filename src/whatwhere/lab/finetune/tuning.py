@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from whatwhere.analysis.layers import table_length
 from whatwhere.lab import parallel, runs, storage
 from whatwhere.lab.data import TextData, TextTask
 from whatwhere.lab.environment import surroundings
-from whatwhere.lab.evaluate import best_device, length_loss, longest
+from whatwhere.lab.evaluate import best_device, length_loss
 from whatwhere.lab.extrapolate import Subject, find_subject
 from whatwhere.lab.finetune.settings import TuningSettings
 from whatwhere.lab.loop import train_model
@@ -123,7 +124,7 @@ def prepare(
     _check_vocabulary(task, config.vocab_size)
     with torch.device("meta"):
         empty = _empty(config)
-        limit = longest(empty)
+        limit = table_length(empty)
     if settings.checkpointing and not empty.supports_gradient_checkpointing:
         raise ValueError(f"checkpointing: {type(empty).__name__} does not support it")
     if limit is not None and length > limit:

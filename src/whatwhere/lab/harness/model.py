@@ -9,7 +9,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 import whatwhere.models  # noqa: F401 - registers our types with the Auto classes
-from whatwhere.lab.evaluate import best_device, longest
+from whatwhere.analysis.layers import table_length
+from whatwhere.lab.evaluate import best_device
 from whatwhere.lab.harness.settings import Settings
 from whatwhere.lab.harness.subject import Subject, load_tokenizer, loading
 
@@ -92,7 +93,7 @@ def load(subject: Subject, settings: Settings) -> CountingLM:
             max_length=settings.max_length,
             trust_remote_code=settings.trust_remote_code,
         )
-    limit = longest(lm.model)
+    limit = table_length(lm.model)
     if limit is not None and lm.max_length > limit:
         raise ValueError(
             f"max-length: {lm.max_length} is beyond the model's table of positions, which ends at "

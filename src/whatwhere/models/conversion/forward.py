@@ -35,7 +35,8 @@ ENCODING = "position_encoding"
 STEPS = "position_steps"
 """Keyword argument that carries the `Step` of every layer from the decoder."""
 
-_CALL = "attention_call"
+CALL = "attention_call"
+"""Keyword argument that carries what the hook found out to `attend`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +211,7 @@ def before_attention(
         if given.get(name) is not None:
             form = choose_form(known.config.cache_form, spec, hidden.device)[0]
             given[name] = CacheView(given[name], spec, step.layout, form)
-    given[_CALL] = _Call(spec, step.layout, form)
+    given[CALL] = _Call(spec, step.layout, form)
     return args, given
 
 
@@ -228,7 +229,7 @@ def attend(
 
     The mask and the scale are not those of transformers but of the layout and the encoding.
     """
-    call: _Call = kwargs[_CALL]
+    call: _Call = kwargs[CALL]
     spec, layout = call.spec, call.layout
     query, key = query.to(value.dtype), key.to(value.dtype)
     query_positions, key_positions = layout.at(spec)
