@@ -57,8 +57,12 @@ class Subject:
         return "nats per byte" if self.tokenizer == "bytes" else "nats per token"
 
 
-def find_subject(folder: Path) -> Subject:
+def find_subject(folder: Path, tokenizer: str | None = None) -> Subject:
     """The model of a run folder, of the `model/` within one, or of a Hugging Face folder.
+
+    Args:
+        folder: The folder.
+        tokenizer: In place of that of a Hugging Face folder: `"bytes"`, or a name or folder.
 
     Raises:
         ValueError: If the folder holds none of these, or no tokenizer for a model that needs one.
@@ -75,6 +79,8 @@ def find_subject(folder: Path) -> Subject:
         raise ValueError(f"{folder / 'config.json'} is no config of a model: it is no mapping")
     # A converted model keeps the length it was trained at apart from the one it is meant for.
     length = config.get("train_length") or config.get("max_position_embeddings")
+    if tokenizer is not None:
+        return Subject(folder, tokenizer, length)
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         return Subject(folder, str(folder), length)
     if config.get("vocab_size") == 256:

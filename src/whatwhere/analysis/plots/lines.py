@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -157,7 +158,9 @@ def _draw_measure(
         stages = [stage for stage in ("before", "after") if stage in set(rows.get("stage", ()))]
         for stage in stages or [""]:
             part = rows[rows["stage"] == stage] if stage else rows
-            spread = factor * part.groupby("length")[measure.column].quantile([0.25, 0.5, 0.75])
+            spread = factor * part.groupby("length")[measure.column].quantile(
+                np.array([0.25, 0.5, 0.75])
+            )
             table = spread.unstack()
             x = table.index.to_numpy(float)
             if stage == "before":

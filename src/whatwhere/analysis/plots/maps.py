@@ -1,4 +1,4 @@
-"""What a model meets at each length: angles of its channels, and facts hidden at each depth."""
+"""What a model meets at each length: angles of its channels, and what is hidden at each depth."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def in_distribution(
 def retrieval(
     frames: Frames, train_length: TrainLength = None, *, narrow: bool = False, title: str = ""
 ) -> Figure:
-    """Draw the share of hidden facts that are found, by length and by depth in the text.
+    """Draw the share of answers that are right, by length and by depth of what they ask for.
 
     Args:
         frames: Columns length, depth (0 to 1), accuracy (0 to 1).
@@ -111,7 +111,7 @@ def retrieval(
     """
     known = by_model(frames)
     columns = 1 if narrow else min(len(known), 3)
-    name = title or "Facts found, by length and depth"
+    name = title or "Retrieval by length and depth"
     place = panels(name, len(known), columns, narrow, 2.4 if narrow else 3.0)
     norm = shared_norm([frame["accuracy"] for frame in known.values()], 0.0, 1.0)
     marked = False
@@ -139,7 +139,7 @@ def retrieval(
             axes.set_xlabel("length of the prompt, tokens")
         if place.left(index):
             axes.set_ylabel("depth in the text, %")
-    place.colour_bar(mesh, "facts found, %", percent=True)
+    place.colour_bar(mesh, "answers right, %", percent=True)
     if marked:
         line = Line2D([], [], label="trained up to here", **MARKS["trained"])
         place.figure.legend(handles=[line], loc="outside lower left", fontsize=9)

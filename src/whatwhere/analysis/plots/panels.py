@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from whatwhere.analysis.plots.palette import title as title_of
@@ -86,9 +87,9 @@ def panels(title: str, count: int, columns: int, narrow: bool, height: float) ->
     rows = -(-count // columns)
     lines = wrap(title, 44 if narrow else 96) or [""]
     size = (NARROW if narrow else WIDE, rows * height + 0.27 + 0.18 * len(lines))
-    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+    engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.02, hspace=0.03)
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout=engine)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.02, hspace=0.03)
     figure.suptitle(
         "\n".join(lines), x=0.012, ha="left", weight="bold", fontsize=11 if narrow else 12
     )

@@ -59,7 +59,7 @@ def change(frame: pd.DataFrame, column: str, span: tuple[int, int], **rows: str)
     moved = (last - first).abs()
     where = ""
     if len(moved) > 1 and moved.notna().any():
-        place = moved.idxmax()
-        numbers = f"{number(first[place])} → {number(last[place])}"
+        place: Any = moved.idxmax()
+        numbers = f"{number(first.loc[place])} → {number(last.loc[place])}"
         where = f"{head_words(place)} ({numbers})"
     return Change(float(first.median()), float(last.median()), where)

@@ -63,8 +63,8 @@ def identity(subject: Subject, settings: Settings) -> dict[str, Any]:
     """
     folder = Path(subject.path)
     if not folder.is_dir():
-        return {"name": subject.path, "commit": _commit(subject.path, settings.revision)}
-    found = {"sha256": _digest(folder), "tokenizer": subject.tokenizer}
+        return {"name": subject.path, "commit": hub_commit(subject.path, settings.revision)}
+    found = {"sha256": folder_digest(folder), "tokenizer": subject.tokenizer}
     if subject.tokenizer not in ("bytes", subject.path):
         found["tokenizer"] = tokenizer_digest(load_tokenizer(subject, settings))
     return found if subject.tokenizer != subject.path else {"sha256": found["sha256"]}
@@ -114,7 +114,8 @@ def loading(what: str) -> Iterator[None]:
         raise ValueError(f"model: {what} cannot be loaded ({reason})") from error
 
 
-def _digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the files of a model's folder that numbers depend on."""
     found = hashlib.sha256()
     for path in _files(folder):
         found.update(path.name.encode() + b"\0")
@@ -127,7 +128,12 @@ def _files(folder: Path) -> Iterator[Path]:
     return (p for p in sorted(folder.iterdir()) if p.suffix in HASHED and p.is_file())
 
 
-def _commit(name: str, revision: str) -> str:
+def hub_commit(name: str, revision: str) -> str:
+    """Commit of a model on the hub.
+
+    Raises:
+        ValueError: If it is not there, or the hub cannot be reached.
+    """
     from transformers import AutoConfig
 
     with loading(name):
