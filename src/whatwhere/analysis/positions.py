@@ -99,6 +99,11 @@ def positions_of(subject: object, train_length: int | None = None) -> list[Layer
             "of transformers"
         )
     config = config.get_text_config(decoder=True)
+    if getattr(config, "is_heterogeneous", False):
+        raise ValueError(
+            f"model type {config.model_type!r} has layers of different shapes: expected heads of "
+            "one size"
+        )
     if isinstance(config, (WhatWhereConfig, ConvertedFields)):
         return _of_ours(cast(Any, config), train_length)
     return _of_theirs(copy.deepcopy(config), train_length)
