@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from whatwhere.analysis.in_distribution import check_lengths
-from whatwhere.analysis.positions import positions_of
+from whatwhere.analysis.positions import positions_of, table_of
 from whatwhere.attention import cache_form, table_bytes
 from whatwhere.encodings import Encoding
 from whatwhere.models.configuration import WhatWhereConfig
@@ -111,7 +111,7 @@ def cost(
     dtype = getattr(model, "dtype", None) or getattr(config, "dtype", None) or torch.float32
     where = torch.device(device or cast(Any, getattr(model, "device", None)) or "cpu")
     own, label = _on_meta(config, encoding, where)
-    _check_tables(own.config, wanted)
+    _check_table(own.config, wanted)
     rope = _with_rope(own)
     rows = []
     for length in wanted:
@@ -229,11 +229,11 @@ def _numbers(cache: Any) -> int:
 def _by_formula(model: PreTrainedModel, length: int) -> tuple[int, float]:
     """Operations of all scores, and the overhead over RoPE's."""
     config = cast(Any, model.config)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     encodings = [made for made in _encodings(model) if not made.absolute]
     plain = [width] * len(positions_of(config)) if not encodings else None
-    features = plain or [made("meta").feature_dim(width) for made in encodings]
+    features = plain or [int(made("meta").feature_dim(width)) for made in encodings]
     weights = _weights(model)
     more = length * heads * sum(feature - width for feature in features)
     usual = weights + 2 * length * heads * width * len(features)
@@ -245,7 +245,7 @@ def _weights(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     config = cast(Any, model.config)
-    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    chosen = int(getattr(config, "num_experts_per_tok", None) or 0)
     stacked = [p for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]
     of_experts = sum(chosen * p.numel() // p.shape[0] for p in stacked)
     return sum(int(m.weight.numel()) for m in linear) + of_experts
@@ -270,9 +270,9 @@ def _tables(model: PreTrainedModel, length: int, itemsize: int) -> int:
     return rotations + sum(table * config.hidden_size * itemsize for table in tables)
 
 
-def _check_tables(config: Any, lengths: list[int]) -> None:
-    for layer in positions_of(config, 1):
-        if layer.table is not None and max(lengths) > layer.table:
-            raise ValueError(
-                f"lengths: {max(lengths)} is beyond the learned table of {layer.table} positions"
-            )
+def _check_table(config: Any, lengths: list[int]) -> None:
+    table = table_of(config)
+    if table is not None and max(lengths) > table:
+        raise ValueError(
+            f"lengths: {max(lengths)} is beyond the learned table of {table} positions"
+        )

@@ -109,6 +109,20 @@ def positions_of(subject: object, train_length: int | None = None) -> list[Layer
     return _of_theirs(copy.deepcopy(config), train_length)
 
 
+def table_of(config: object) -> int | None:
+    """Positions that the learned table of a model has; ``None`` if it has none."""
+    if isinstance(config, WhatWhereConfig):
+        entry = config.absolute_encoding
+        if entry is None:
+            return None
+        with torch.device("meta"):
+            made = config.make_encoding(*entry)
+        return made.max_length if isinstance(made, Learned) else None
+    if getattr(config, "model_type", None) in _TABLES:
+        return int(cast(Any, config).max_position_embeddings)
+    return None
+
+
 def of_encoding(
     encoding: Encoding,
     layer: int,
@@ -145,7 +159,7 @@ def of_encoding(
         )
     now = encoding.frequencies[0]
     before = encoding.original_frequencies
-    polar = encoding().feature == "polar"
+    polar = encoding("meta").feature == "polar"
     return LayerPositions(
         layer,
         "polar" if polar else "rotate",
@@ -168,17 +182,26 @@ def _of_ours(config: Any, train_length: int | None) -> list[LayerPositions]:
     found = []
     for layer, (name, given) in enumerate(config.layer_encodings):
         if isinstance(config, WhatWhereConfig):
-            encoding = config.make_encoding(name, given)
             length, window = config.max_position_embeddings, config.sliding_window
         else:
             length, window = config.train_length, _window(config, layer)
-            heads = config.num_attention_heads
-            width = getattr(config, "head_dim", None) or config.hidden_size // heads
-            encoding = make(name, head_dim=width, num_heads=heads, train_length=length, **given)
+        encoding = _without_weights(config, name, given, length)
         found.append(
             of_encoding(encoding, layer, train_length, config_length=length, window=window)
         )
     return found
+
+
+def _without_weights(
+    config: Any, name: str, given: dict[str, Any], length: int | None
+) -> Encoding:
+    """An encoding of a layer, on the meta device: no random number is drawn for it."""
+    with torch.device("meta"):
+        if isinstance(config, WhatWhereConfig):
+            return config.make_encoding(name, given)
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return make(name, head_dim=width, num_heads=heads, train_length=length, **given)
 
 
 def _of_theirs(config: Any, train_length: int | None) -> list[LayerPositions]:
