@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from whatwhere.analysis.plots.palette import Style, styles, title
-from whatwhere.analysis.plots.style import svg
 from whatwhere.lab.data import IndirectIndexingData
 from whatwhere.lab.recipes.schema import Recipe
 from whatwhere.lab.report import figures
-from whatwhere.lab.report.canvas import save
 from whatwhere.lab.report.findings import best_first, finding, main_metric
 from whatwhere.lab.report.metric_figure import draw_metric
+from whatwhere.lab.report.pictures import Picture, counted, environment, picture
 from whatwhere.lab.report.records import Comparison, RunRecord, read_comparison
 from whatwhere.lab.report.tables import facts_table, loss_table, split_table, state
 from whatwhere.lab.runs import RunConfig
 from whatwhere.lab.storage import write_text
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure within the page.
-
-    Attributes:
-        name: Stem of its files.
-        caption: What it shows.
-        alt: What it shows, for those who cannot see it.
-        wide: Data URI of the figure for a page.
-        narrow: Data URI of the figure for a telephone.
-    """
-
-    name: str
-    caption: str
-    alt: str
-    wide: str
-    narrow: str
 
 
 def build_report(folder: Path) -> Path:
@@ -85,26 +62,25 @@ def _page(comparison: Comparison, folder: Path) -> str:
         ("Loss by length", loss_table(comparison, labels, styling, unit)),
         ("Accuracy and loss", split_table(comparison, labels, styling, unit)),
     ]
-    environment = Environment(
-        loader=PackageLoader("whatwhere.lab.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sentence = finding(comparison.results, _train_length(recipe), unit, recipe.paper)
-    return environment.get_template("report.html.j2").render(
-        recipe=recipe,
-        finding=sentence or _no_finding(comparison),
-        summary=_summary(comparison, unit),
-        notices=_notices(comparison),
-        pictures=_pictures(comparison, folder, styling, unit, sentence),
-        tables=[(heading, table) for heading, table in tables if table],
-        facts=facts_table(comparison, labels, styling),
-        versions=_versions(comparison),
-        data=_data(comparison),
-        settings=comparison.settings,
-        has_results=(folder / "results.csv").exists(),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            command="compare",
+            name=recipe.name,
+            recipe=recipe,
+            finding=sentence or _no_finding(comparison),
+            summary=_summary(comparison, unit),
+            notices=_notices(comparison),
+            pictures=_pictures(comparison, folder, styling, unit, sentence),
+            tables=[(heading, table) for heading, table in tables if table],
+            facts=facts_table(comparison, labels, styling),
+            versions=_versions(comparison),
+            data=_data(comparison),
+            settings=comparison.settings,
+            has_results=(folder / "results.csv").exists(),
+        )
     )
 
 
@@ -122,14 +98,9 @@ def _pictures(
 ) -> list[Picture]:
     pictures: list[Picture] = []
     for name, caption, draw in _drawings(comparison, styling, unit):
-        try:
-            wide, narrow = draw(False), draw(True)
-        except ValueError:  # nothing to draw yet, which the page says elsewhere
-            continue
-        _, vector = save(wide, folder / name)
         alt = f"{caption} {sentence}" if sentence and not pictures else caption
-        content = vector.read_text(encoding="utf-8")
-        pictures.append(Picture(name, caption, alt, _uri(content), _uri(svg(narrow))))
+        drawn = picture(draw, folder, name, caption, alt)
+        pictures += [drawn] if drawn else []
     return pictures
 
 
@@ -235,9 +206,9 @@ def _summary(comparison: Comparison, unit: str) -> list[str]:
     train_length = _train_length(recipe)
     length = f" of {train_length:,} {unit.split()[-1]}s" if train_length else ""
     parts = [
-        f"{_counted(len(recipe.encodings), 'encoding')}, {_counted(len(recipe.seeds), 'seed')}",
-        f"{_counted(shape.num_hidden_layers, 'layer')} × {shape.hidden_size:,}, "
-        f"{_counted(shape.num_attention_heads, 'head')}",
+        f"{counted(len(recipe.encodings), 'encoding')}, {counted(len(recipe.seeds), 'seed')}",
+        f"{counted(shape.num_hidden_layers, 'layer')} × {shape.hidden_size:,}, "
+        f"{counted(shape.num_attention_heads, 'head')}",
         f"{training.steps:,} steps × {training.batch_size:,} sequences{length}",
     ]
     source = _first(comparison, "data").get("source")
@@ -256,7 +227,7 @@ def _notices(comparison: Comparison) -> list[str]:
             states.setdefault(state(run, recipe), []).append(run.name)
         listed = "; ".join(f"{', '.join(names)} {how}" for how, names in states.items())
         notices.append(
-            f"Partial: {len(open_runs)} of {_counted(len(comparison.runs), 'run')} without "
+            f"Partial: {len(open_runs)} of {counted(len(comparison.runs), 'run')} without "
             f"results: {listed}. The same command again goes on from there."
         )
     odd = comparison.results[~np.isfinite(comparison.results["value"].astype(float))]
@@ -295,7 +266,7 @@ def _device_name(run: RunRecord) -> str | None:
         return None
     count, threads = device.get("count", 1), device.get("threads")
     name = f"{count} × {device.get('name')}" if count > 1 else str(device.get("name"))
-    more = f", {_counted(threads, 'thread')}" if threads else ""
+    more = f", {counted(threads, 'thread')}" if threads else ""
     return f"{name} ({device.get('type')}{more})"
 
 
@@ -322,11 +293,3 @@ def _part(run: RunRecord, key: str) -> dict[str, Any]:
 def _distinct(comparison: Comparison, get: Callable[[RunRecord], Any]) -> list[str]:
     found = (get(run) for run in comparison.runs)
     return list(dict.fromkeys(str(value) for value in found if value is not None))
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number:,} {name}" + ("" if number == 1 else "s")
-
-
-def _uri(vector: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(vector.encode()).decode()

@@ -1,0 +1,197 @@
+"""The parts of a diagnosis: each measures one model and gives tables and notes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+
+from whatwhere.lab.console import counting
+from whatwhere.lab.data import spaced_windows
+from whatwhere.lab.data.tokens import Tokens
+from whatwhere.lab.diagnose.settings import Settings
+from whatwhere.lab.diagnose.subjects import Subject, count
+from whatwhere.lab.evaluate import length_loss
+
+POINTS = 512
+"""Keys and queries of a head that are drawn."""
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+KEY = VALUE = 8
+"""Tokens of the key that is said again, and of what was said after it."""
+
+Result = tuple[dict[str, pd.DataFrame], dict[str, Any]]
+
+
+@dataclass
+class Work:
+    """One model at work; it is loaded when a part first asks for it.
+
+    Attributes:
+        subject: The model.
+        settings: Of the diagnosis.
+        tokens: The text.
+        train_length: Tokens that the model was trained at, if known.
+        device: Where it runs.
+    """
+
+    subject: Subject
+    settings: Settings
+    tokens: Tokens
+    train_length: int | None
+    device: torch.device
+    _model: Any = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Any:
+        """The model, in evaluation mode."""
+        if self._model is None:
+            self._model = self.subject.load(self.settings.dtype, self.device)
+        return self._model
+
+    @property
+    def lengths(self) -> list[int]:
+        """In tokens, rising."""
+        return list(self.settings.rising)
+
+
+def trace(work: Work) -> Result:
+    """Geometry, scores, use of frequencies, what and where: one pass over the texts."""
+    from whatwhere import analysis
+
+    model, settings = work.model, work.settings
+    windows = count(work.tokens, settings)
+    ids = spaced_windows(work.tokens, work.lengths[-1], windows)
+    layers = len(analysis.layers.find_layers(model))
+    passes = -(-windows // settings.batch_size)
+    with counting(f"{work.subject.label}: layers", layers * passes) as counter:
+        found = analysis.trace(
+            model,
+            ids,
+            work.lengths,
+            batch_size=settings.batch_size,
+            points=POINTS,
+            progress=lambda _: counter.advance(""),
+        )
+    clusters, points = found.clusters(), found.points()
+    chosen, rule = choose(clusters, work.lengths, work.train_length, settings)
+    heads = pd.MultiIndex.from_frame(points[["layer", "head"]])
+    frames = {
+        "geometry": found.geometry(),
+        "clusters": clusters,
+        "scores": found.scores(),
+        "frequency_usage": found.frequency_usage(),
+        "what_where": found.what_where(),
+        "points": points[heads.isin(chosen)],
+        "learned_delta": analysis.learned_delta(model),
+    }
+    features = sorted({layer.feature for layer in found.layers})
+    notes = {"texts": windows, "heads": [list(one) for one in chosen], "rule": rule}
+    return frames, notes | {"features": features, "layers": len(found.layers)}
+
+
+def loss(work: Work) -> Result:
+    """Loss at each length over about the tokens that the trace reads."""
+    model, settings = work.model, work.settings
+    total = count(work.tokens, settings) * work.lengths[-1]
+    rows = []
+    with counting(f"{work.subject.label}: loss", len(work.lengths)) as counter:
+        for length in work.lengths:
+            windows = spaced_windows(work.tokens, length, max(1, total // length))
+            found = length_loss(model, windows)
+            rows.append((length, found.windows, found.windows * (length - 1), found.loss))
+            counter.advance(f"{length:,} tokens: {found.loss:.4f}")
+    return {
+        "loss_by_length": pd.DataFrame(rows, columns=["length", "windows", "tokens", "loss"])
+    }, {}
+
+
+def angles(work: Work) -> Result:
+    """Angles that training did not show, and the safe length that follows from them."""
+    from whatwhere.analysis.in_distribution import in_distribution, safe_length
+
+    if work.train_length is None:
+        why = "the training length is not known: give --train-length"
+        return {"in_distribution": pd.DataFrame({"layer": []})}, {"missing": why}
+    table = in_distribution(work.model, work.lengths, work.train_length)
+    safe = safe_length(work.model, work.train_length)
+    return {"in_distribution": table}, {"safe_length": safe.length, "safe_reason": safe.reason}
+
+
+def cost(work: Work) -> Result:
+    """Tables, cache and operations."""
+    from whatwhere.analysis.cost import cost as measure
+
+    return {"cost": measure(work.model, work.lengths)}, {}
+
+
+def retrieval(work: Work) -> Result:
+    """Whether a key that is said again calls up what was said after it the first time."""
+    from whatwhere.analysis.retrieval import copy_items
+    from whatwhere.analysis.retrieval import retrieval as measure
+
+    settings, least = work.settings, 2 * (KEY + VALUE)
+    lengths = [n for n in work.lengths if n >= least]
+    if not lengths:
+        why = f"no length has room for the {least} tokens of a key and a value, twice"
+        return {"retrieval": pd.DataFrame({"length": []})}, {"missing": why}
+    tokens = torch.from_numpy(work.tokens.astype("int64"))
+    items = copy_items(
+        tokens, lengths, DEPTHS, items=settings.needles, key=KEY, value=VALUE, seed=settings.seed
+    )
+    with counting(f"{work.subject.label}: retrieval", len(items)) as counter:
+        known = 0
+
+        def show(done: int, _: int) -> None:
+            nonlocal known
+            for _ in range(done - known):
+                counter.advance("")
+            known = done
+
+        table = measure(work.model, items, progress=show)
+    return {"retrieval": table}, {"needles": settings.needles}
+
+
+PARTS: dict[str, Callable[[Work], Result]] = {
+    "trace": trace,
+    "loss": loss,
+    "angles": angles,
+    "cost": cost,
+    "retrieval": retrieval,
+}
+
+
+def choose(
+    clusters: pd.DataFrame, lengths: list[int], train_length: int | None, settings: Settings
+) -> tuple[list[tuple[int, int]], str]:
+    """Heads whose keys and queries are drawn, and by which rule they were chosen.
+
+    Those asked for; where a layer or a head alone is named, or none, the one among them whose
+    silhouette after the encoding changes most from the training length to the longest length (with
+    one length, the one with the largest).
+    """
+    after = clusters[clusters["stage"] == "after"]
+    if settings.layers:
+        after = after[after["layer"].isin(settings.layers)]
+    if settings.heads:
+        after = after[after["head"].isin(settings.heads)]
+    if settings.layers and settings.heads:
+        pairs = after[["layer", "head"]].drop_duplicates()
+        return [(int(a), int(b)) for a, b in pairs.itertuples(index=False)], "asked for"
+    grid = after.pivot_table(index=["layer", "head"], columns="length", values="silhouette")
+    within = [n for n in lengths if train_length and n <= train_length]
+    base = within[-1] if within else lengths[0]
+    if base == lengths[-1]:
+        ranked, rule = grid[base], "its silhouette is the largest"
+    else:
+        ranked = (grid[lengths[-1]] - grid[base]).abs()
+        rule = f"its silhouette changes most from {base:,} to {lengths[-1]:,} tokens"
+    groups = ranked.groupby(level="layer" if settings.layers else "head")
+    named = settings.layers or settings.heads
+    best: list[Any] = list(groups.idxmax()) if named else [ranked.idxmax()]
+    if any(isinstance(one, float) and math.isnan(one) for one in best):
+        raise ValueError("trace: no head has a silhouette")
+    return [(int(a), int(b)) for a, b in best], rule
