@@ -1,5 +1,5 @@
 """The command line: `whatwhere recipes | data | compare | train | plan | evaluate | extrapolate |
-needles | report | results | bench | convert | finetune`.
+diagnose | needles | report | results | bench | convert | finetune`.
 
 A mistake of the user is one line on standard error and exit code 2; something from outside that
 stopped the work (a full disk, another process in the folder) is one line and exit code 1; Ctrl-C

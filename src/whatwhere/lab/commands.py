@@ -17,6 +17,7 @@ from whatwhere.lab import recipes
 from whatwhere.lab.bench.command import Bench
 from whatwhere.lab.convert.command import Convert
 from whatwhere.lab.data.command import Data
+from whatwhere.lab.diagnose.command import Diagnose
 from whatwhere.lab.errors import UserError, user_errors
 from whatwhere.lab.finetune.command import Finetune
 from whatwhere.lab.harness.command import Evaluate, Needles
@@ -175,6 +176,7 @@ COMMANDS: dict[str, type[Command]] = {
     "plan": Plan,
     "evaluate": Evaluate,
     "extrapolate": Extrapolate,
+    "diagnose": Diagnose,
     "needles": Needles,
     "report": Report,
     "bench": Bench,

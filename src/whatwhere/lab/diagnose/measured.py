@@ -28,6 +28,8 @@ class Measured:
         safe_reason: Why, empty if it was not predicted.
         missing: Why a table of that name was not measured.
         notes: What else is to be said of how it was measured.
+        heads: Layers and heads whose keys and queries are drawn.
+        rule: By which they were chosen.
     """
 
     label: str
@@ -38,6 +40,8 @@ class Measured:
     safe_reason: str = ""
     missing: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    heads: tuple[tuple[int, int], ...] = ()
+    rule: str = ""
 
     def table(self, name: str) -> pd.DataFrame | None:
         """A table, ``None`` if it has no row."""

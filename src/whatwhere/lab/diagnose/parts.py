@@ -52,6 +52,10 @@ class Work:
             self._model = self.subject.load(self.settings.dtype, self.device)
         return self._model
 
+    def release(self) -> None:
+        """Let go of the model, for another one's sake."""
+        self._model = None
+
     @property
     def lengths(self) -> list[int]:
         """In tokens, rising."""

@@ -31,10 +31,12 @@ class Prepared:
     Attributes:
         work: What its parts need.
         identity: What its numbers depend on.
+        skeleton: The model without weights.
     """
 
     work: Work
     identity: dict[str, Any]
+    skeleton: Any
 
 
 def run(settings: Settings, say: Say) -> Path:
@@ -60,14 +62,15 @@ def run(settings: Settings, say: Say) -> Path:
     prepared = [_prepare(one, settings, device, say) for one in subjects.find(settings)]
     record.check(folder, settings, prepared[0].identity["model"])
     left = [(one, part) for one in prepared for part in _left(one, settings, folder, say)]
-    for one in dict.fromkeys(one.work.subject for one, _ in left):
-        say(f"{one.given}: needs {_check_memory(one, settings, device)}")
+    for one in prepared:
+        if any(other is one for other, _ in left):
+            _check_memory(one, settings, say)
     with storage.lock(folder):
         record.claim(folder, settings, prepared[0].identity["model"])
         for one in prepared:
             for part in [name for other, name in left if other is one]:
                 _measure(one, part, folder, say)
-            one.work._model = None
+            one.work.release()
             gc.collect()
         return _write(prepared, settings, folder, say)
 
@@ -120,13 +123,14 @@ def _prepare(subject: Subject, settings: Settings, device: torch.device, say: Sa
     known = subject.train_length or layers.train_length(skeleton)
     train_length = settings.train_length or known
     work = Work(subject, settings, tokens, train_length, device)
-    return Prepared(work, record.identity(settings, subject.identity(tokens)))
+    return Prepared(work, record.identity(settings, subject.identity(tokens)), skeleton)
 
 
-def _check_memory(subject: Subject, settings: Settings, device: torch.device) -> memory.Estimate:
-    longest, dtype = settings.rising[-1], settings.dtype
-    skeleton = subject.skeleton()
-    return memory.check(subject.given, skeleton, longest, settings.batch_size, dtype, device)
+def _check_memory(one: Prepared, settings: Settings, say: Say) -> None:
+    given, longest, batch = one.work.subject.given, settings.rising[-1], settings.batch_size
+    device = one.work.device
+    needed = memory.check(given, one.skeleton, longest, batch, settings.dtype, device)
+    say(f"{given}: needs {needed}")
 
 
 def _left(prepared: Prepared, settings: Settings, folder: Path, say: Say) -> list[str]:
@@ -181,6 +185,8 @@ def _read(prepared: Prepared, settings: Settings, folder: Path) -> Measured:
         notes.get("safe_reason", ""),
         missing,
         _notes(subject, settings, notes),
+        tuple((int(layer), int(head)) for layer, head in notes["heads"]),
+        notes["rule"],
     )
 
 
