@@ -89,7 +89,7 @@ def in_distribution(
         _wavelength_axes(place, index, grid.columns.astype(int).tolist(), x, waves)
         several = sum(one == label for one, _ in parts) > 1
         head_line(axes, heading(label, layers if several else "", most=40), narrow)
-    place.colour_bar(mesh, "share of the circle not met in training, %", percent=True)
+    place.colour_bar(mesh, "unseen share of the circle, %", percent=True)
     names = {"trained": "trained at", "safe": "predicted safe up to"}
     handles = [Line2D([], [], label=names[kind], **MARKS[kind]) for kind in MARKS if kind in marks]
     if handles:

@@ -150,7 +150,7 @@ def heat(
 ) -> Any:
     """Draw cells between edges; `values` is `(len(y) - 1, len(x) - 1)`, NaN stays empty."""
     # Without an edge of its own colour a renderer leaves hairlines of background between cells.
-    edges = {} if many else {"edgecolors": "face", "linewidth": 0.3}
+    edges = {} if many else {"edgecolors": "face", "linewidth": 1.0}
     return axes.pcolormesh(
         np.asarray(x, dtype=float),
         np.asarray(y, dtype=float),

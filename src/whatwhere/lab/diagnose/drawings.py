@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from whatwhere.analysis import plots
 from whatwhere.analysis.plots.palette import title
+from whatwhere.lab.diagnose.chain import SINK_THERE
 from whatwhere.lab.diagnose.measured import Measured
 from whatwhere.lab.report.figures import draw_loss_by_length
 from whatwhere.lab.report.pictures import Picture, picture
@@ -125,7 +126,8 @@ def _by_head(models: Sequence[Measured]) -> list[Drawing]:
                 "sink_mass",
                 "attention on the first token, %",
                 f"Attention on the first token at {longest:,} tokens",
-                limits=(0.0, 1.0),
+                # Less than a tenth is no sink: its differences are nothing to colour.
+                limits=(0.0, max(SINK_THERE, float(sinks["sink_mass"].max()))),
                 percent=True,
                 narrow=narrow,
             ),
@@ -199,14 +201,14 @@ def _loss(models: Sequence[Measured]) -> list[Drawing]:
     if table.empty:
         return []
     results = table.rename(columns={"model": "encoding", "loss": "value"})
-    results = results.assign(seed=0, metric="loss")
+    results = results.assign(metric="loss")
     trained = next((m.train_length for m in models if m.train_length), None)
     return [
         Drawing(
             "loss",
             "loss_by_length",
-            "Loss in windows of each length over about as many tokens as were traced; length is on "
-            "a log2 axis.",
+            "Loss in windows of each length, over about as many tokens as were traced; lengths are "
+            "on a log2 axis.",
             {"loss_by_length": table},
             lambda narrow: draw_loss_by_length(results, trained, models[0].unit, None, narrow),
         )

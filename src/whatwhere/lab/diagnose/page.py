@@ -13,9 +13,10 @@ import pandas as pd
 
 from whatwhere.analysis.plots.palette import Style, styles, title
 from whatwhere.lab.diagnose import drawings, record
-from whatwhere.lab.diagnose.findings import Finding, findings, headline
+from whatwhere.lab.diagnose.findings import findings, headline
 from whatwhere.lab.diagnose.measured import Measured
 from whatwhere.lab.diagnose.settings import Settings
+from whatwhere.lab.diagnose.words import Finding
 from whatwhere.lab.report.pictures import Picture, counted, environment
 from whatwhere.lab.report.tables import MISSING, Cell, Row, Table
 from whatwhere.lab.storage import read_json, write_text

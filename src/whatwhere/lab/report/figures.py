@@ -359,6 +359,8 @@ def _means(table: pd.DataFrame, by: str, column: str) -> dict[str, pd.DataFrame]
 
 def _label_loss(place: Canvas, unit: str, table: pd.DataFrame) -> None:
     place.axes.set_ylabel(f"loss, {unit}")
+    if "seed" not in table:  # of models that nobody here trained
+        return
     seeds = table.groupby("encoding")["seed"].nunique()
     few, many = seeds.min(), seeds.max()
     if many == 1:

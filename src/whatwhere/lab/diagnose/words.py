@@ -1,12 +1,29 @@
-"""A number at two lengths, and numbers as they are written in sentences."""
+"""What sentences are made of: findings, numbers, a number at two lengths."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
+
+from whatwhere.lab.diagnose.measured import Measured
+
+Kind = Literal["seen", "not seen", "measured", "not measured"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found, or not.
+
+    Attributes:
+        kind: Whether what is looked for is there, a plain measurement, or nothing was measured.
+        text: A sentence or two, with the numbers.
+    """
+
+    kind: Kind
+    text: str
 
 
 @dataclass(frozen=True)
@@ -63,3 +80,19 @@ def change(frame: pd.DataFrame, column: str, span: tuple[int, int], **rows: str)
         numbers = f"{number(first.loc[place])} → {number(last.loc[place])}"
         where = f"{head_words(place)} ({numbers})"
     return Change(float(first.median()), float(last.median()), where)
+
+
+def no_span(found: Measured, what: str) -> Finding:
+    """That nothing was measured for lack of two lengths, and why."""
+    longest = found.lengths[-1] if found.lengths else 0
+    if found.train_length and longest:
+        why = f"no length beyond the training length of {found.train_length:,} was asked for"
+    else:
+        why = "one length alone was asked for, and the training length is not known"
+    return Finding("not measured", f"{what} was not measured: {why}.")
+
+
+def missing(found: Measured, name: str, what: str) -> Finding:
+    """That a table was not measured, and why."""
+    why = found.missing.get(name, "there is nothing of it in this model")
+    return Finding("not measured", f"{what} was not measured: {why}.")
