@@ -134,6 +134,8 @@ class _Observer:
         if call is not None:  # a converted model
             assert layer.encoding is not None
             spec = layer.encoding(query.device)
+            if not layer.heads and spec.feature == "rotate":
+                _read(layer, self.turns[0], query)
             return _encoded(layer, query, key, *before, call.spec, spec, call.layout)
         if not layer.heads and self.turns:
             _read(layer, self.turns[0], query)
@@ -277,7 +279,7 @@ def _encoded(
         if own.inv_freq is not None:
             pairs, turning = own.num_frequencies, own.num_turning
             layer.frequencies = tuple(own.inv_freq[0, :turning].tolist())
-            if own.feature == "rotate":
+            if own.feature == "rotate" and not layer.pairs:  # a converted model keeps its own
                 layer.pairs = tuple((c, c + pairs) for c in range(turning))
     _measure(layer, q, k)
     return Seen(
