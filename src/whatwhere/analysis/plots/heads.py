@@ -67,7 +67,8 @@ def by_head(
         high = high if high is not None else (largest or 1.0)
         low = -high
     norm = shared_norm([frame[column] for frame in known.values()], low, high)
-    columns = min(len(known), 2 if narrow else 4)
+    columns = 2 if narrow else 5
+    columns = min(len(known), columns) if len(known) <= columns else min(columns, 4)
     place = panels(title, len(known), columns, narrow, _height(known, columns, narrow))
     many = sum(map(len, known.values())) > MOST_CELLS
     mesh: Any = None

@@ -67,7 +67,7 @@ def in_distribution(
     }
     if not parts:
         raise ValueError("nothing to draw: no channel turns")
-    columns = 1 if narrow else min(len(parts), 4)
+    columns = 1 if narrow else len(parts) if len(parts) <= 5 else 4
     name = title or "Angles that training did not show"
     place = panels(name, len(parts), columns, narrow, 2.5 if narrow else 3.4)
     many = sum(map(len, parts.values())) > MOST_CELLS

@@ -86,10 +86,10 @@ def chain(found: Measured) -> Finding:
     known, span = links(found), found.span()
     if known is None or span is None:
         return no_span(found, "The chain of failure at length")
-    name = title(found.label)
+    name, clusters, sink = title(found.label), _cluster_words(known), _sink_words(known)
     listed = (
-        f"{_where(found, span)} the stable rank of keys {_verb(known)} ({known.rank.words}; before "
-        f"the encoding {known.before.words}), {_cluster_words(known)}, and {_sink_words(known)}"
+        f"{_where(found, span)} the stable rank of keys {_verb(known)} ({known.rank.words}; "
+        f"before the encoding {known.before.words}), {clusters}, and {sink}"
     )
     if known.count == 3:
         said = "the chain by which the RoPE-ID paper explains failure at length, seen whole in"

@@ -207,8 +207,8 @@ def _loss(models: Sequence[Measured]) -> list[Drawing]:
         Drawing(
             "loss",
             "loss_by_length",
-            "Loss in windows of each length, over about as many tokens as were traced; lengths are "
-            "on a log2 axis.",
+            "Loss in windows of each length, over about as many tokens as were traced; lengths "
+            "are on a log2 axis.",
             {"loss_by_length": table},
             lambda narrow: draw_loss_by_length(results, trained, models[0].unit, None, narrow),
         )

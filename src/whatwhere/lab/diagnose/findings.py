@@ -29,7 +29,7 @@ def findings(found: Measured) -> dict[str, list[Finding]]:
     return {
         "chain": [chain(found)],
         "loss": [loss(found), prediction(found)],
-        "frequencies": [frequencies(found), delta(found)],
+        "frequencies": [frequencies(found), *delta(found)],
         "what_where": [what_where(found)],
         "retrieval": [retrieval(found)],
         "cost": [cost(found)],
@@ -144,21 +144,21 @@ def _breadth(norms: pd.Series[float]) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def delta(found: Measured) -> Finding:
-    """How far the learned phases moved, at fast and at slow frequencies."""
+def delta(found: Measured) -> list[Finding]:
+    """How far the learned phases moved, at fast and at slow frequencies, where there are some."""
     table = found.table("learned_delta")
     if table is None:
-        return Finding("not measured", "No phases delta are learned here.")
+        return []
     sizes = table.assign(delta=table["delta"].abs()).groupby("frequency")["delta"].mean()
     quarter = max(1, len(sizes) // 4)
     slow, fast = float(sizes.iloc[:quarter].mean()), float(sizes.iloc[-quarter:].mean())
     furthest, place = float(sizes.max()), float(sizes.idxmax())  # type: ignore[arg-type]
-    return Finding(
-        "measured",
+    text = (
         f"The learned phases are {number(fast)} rad away from 0 on average in the fastest quarter "
         f"of frequencies, {number(slow)} rad in the slowest; furthest, {number(furthest)} rad, "
-        f"{_wave(place)}.",
+        f"{_wave(place)}."
     )
+    return [Finding("measured", text)]
 
 
 def _wave(frequency: float) -> str:

@@ -115,13 +115,17 @@ def loss(work: Work) -> Result:
 
 def angles(work: Work) -> Result:
     """Angles that training did not show, and the safe length that follows from them."""
+    from whatwhere.analysis import layers
     from whatwhere.analysis.in_distribution import in_distribution, safe_length
 
     if work.train_length is None:
         why = "the training length is not known: give --train-length"
         return {"in_distribution": pd.DataFrame({"layer": []})}, {"missing": why}
-    table = in_distribution(work.model, work.lengths, work.train_length)
-    safe = safe_length(work.model, work.train_length)
+    # A config knows, too, with which frequencies its length was trained: YaRN's are others now.
+    own = work.settings.train_length is None and layers.train_length(work.model) is not None
+    known = None if own else work.train_length
+    table = in_distribution(work.model, work.lengths, known)
+    safe = safe_length(work.model, known)
     return {"in_distribution": table}, {"safe_length": safe.length, "safe_reason": safe.reason}
 
 

@@ -94,5 +94,5 @@ def no_span(found: Measured, what: str) -> Finding:
 
 def missing(found: Measured, name: str, what: str) -> Finding:
     """That a table was not measured, and why."""
-    why = found.missing.get(name, "there is nothing of it in this model")
+    why = found.missing.get(name, "nothing turns in this model")
     return Finding("not measured", f"{what} was not measured: {why}.")
