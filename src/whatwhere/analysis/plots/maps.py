@@ -99,13 +99,19 @@ def in_distribution(
 
 @context(RC, after_reset=True)
 def retrieval(
-    frames: Frames, train_length: TrainLength = None, *, narrow: bool = False, title: str = ""
+    frames: Frames,
+    train_length: TrainLength = None,
+    *,
+    column: str = "accuracy",
+    narrow: bool = False,
+    title: str = "",
 ) -> Figure:
     """Draw the share of answers that are right, by length and by depth of what they ask for.
 
     Args:
-        frames: Columns length, depth (0 to 1), accuracy (0 to 1).
+        frames: Columns length, depth (0 to 1), accuracy and token_accuracy (0 to 1).
         train_length: Marked by a dashed line between columns.
+        column: ``"accuracy"`` of whole answers, or ``"token_accuracy"`` of their tokens.
         narrow: For a telephone.
         title: In place of the default one.
     """
@@ -113,11 +119,11 @@ def retrieval(
     columns = 1 if narrow else min(len(known), 3)
     name = title or "Retrieval by length and depth"
     place = panels(name, len(known), columns, narrow, 2.4 if narrow else 3.0)
-    norm = shared_norm([frame["accuracy"] for frame in known.values()], 0.0, 1.0)
+    norm = shared_norm([frame[column] for frame in known.values()], 0.0, 1.0)
     marked = False
     mesh: Any = None
     for index, (axes, (label, frame)) in enumerate(zip(place.axes, known.items(), strict=True)):
-        grid = frame.pivot_table(index="depth", columns="length", values="accuracy", dropna=False)
+        grid = frame.pivot_table(index="depth", columns="length", values=column, dropna=False)
         lengths, depths = grid.columns.astype(int).tolist(), grid.index.to_numpy(float)
         x, y = np.arange(len(lengths) + 1) - 0.5, np.arange(len(depths) + 1) - 0.5
         mesh = heat(axes, x, y, grid.to_numpy(float), norm, SEQUENTIAL)
@@ -139,7 +145,8 @@ def retrieval(
             axes.set_xlabel("length of the prompt, tokens")
         if place.left(index):
             axes.set_ylabel("depth in the text, %")
-    place.colour_bar(mesh, "answers right, %", percent=True)
+    unit = "answers right, %" if column == "accuracy" else "tokens of answers right, %"
+    place.colour_bar(mesh, unit, percent=True)
     if marked:
         line = Line2D([], [], label="trained up to here", **MARKS["trained"])
         place.figure.legend(handles=[line], loc="outside lower left", fontsize=9)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from whatwhere.analysis import plots
 from whatwhere.analysis.plots.palette import title
+from whatwhere.lab.console import counting
 from whatwhere.lab.diagnose.chain import SINK_THERE
 from whatwhere.lab.diagnose.measured import Measured
 from whatwhere.lab.report.figures import draw_loss_by_length
@@ -46,13 +47,14 @@ def write(models: Sequence[Measured], folder: Path) -> dict[str, list[Picture]]:
         DiskFullError: If there is no space left.
     """
     found: dict[str, list[Picture]] = {}
-    for one in drawings(models):
-        made = picture(one.draw, folder, one.name, one.caption, tables=tuple(one.tables))
-        if made is None:
-            continue
-        for name, table in one.tables.items():
-            write_text(folder / f"{name}.csv", table.to_csv(index=False))
-        found.setdefault(one.section, []).append(made)
+    wanted = drawings(models)
+    with counting("figures", len(wanted)) as counter:
+        for one in wanted:
+            for name, table in one.tables.items():
+                write_text(folder / f"{name}.csv", table.to_csv(index=False))
+            made = picture(one.draw, folder, one.name, one.caption, tables=tuple(one.tables))
+            found.setdefault(one.section, []).extend([made] if made else [])
+            counter.advance(one.name)
     return found
 
 
@@ -285,6 +287,13 @@ def _others(models: Sequence[Measured]) -> list[Drawing]:
         # Where all is as with RoPE there is nothing to see.
         more = costs.groupby("model")["overhead_measured"].transform("max") > 0
         costs = costs[more]
+    # Where no answer is right as a whole, their tokens may still tell lengths apart.
+    right = "accuracy" if len(found) and found["accuracy"].max() > 0 else "token_accuracy"
+    which = (
+        "answers that are right in every token"
+        if right == "accuracy"
+        else ("the answers' tokens that are right")
+    )
     return [
         Drawing(
             "what_where",
@@ -297,10 +306,10 @@ def _others(models: Sequence[Measured]) -> list[Drawing]:
         Drawing(
             "retrieval",
             "retrieval",
-            "Share of answers that are right in every token: a key and a value are put into the "
+            f"Share of {which}: a key and a value are put into the "
             "text at that depth, the key is said again at the end, and the value is asked for.",
             {"retrieval": found},
-            lambda narrow: plots.retrieval(found, _trained(models), narrow=narrow),
+            lambda narrow: plots.retrieval(found, _trained(models), column=right, narrow=narrow),
         ),
         Drawing(
             "cost",

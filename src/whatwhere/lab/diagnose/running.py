@@ -72,7 +72,7 @@ def run(settings: Settings, say: Say) -> Path:
                 _measure(one, part, folder, say)
             one.work.release()
             gc.collect()
-        return _write(prepared, settings, folder, say)
+        return _write(prepared, settings, folder)
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -156,10 +156,9 @@ def _measure(prepared: Prepared, part: str, folder: Path, say: Say) -> None:
     say(f"{label}: {part} done in {seconds:.0f} s")
 
 
-def _write(prepared: Sequence[Prepared], settings: Settings, folder: Path, say: Say) -> Path:
+def _write(prepared: Sequence[Prepared], settings: Settings, folder: Path) -> Path:
     from whatwhere.lab.diagnose.page import build
 
-    say("figures and the page")
     return build([_read(one, settings, folder) for one in prepared], settings, folder)
 
 
