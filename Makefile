@@ -58,7 +58,7 @@ figure: demo
 	cp runs/demo/loss_by_length.svg runs/demo/loss_by_length.png docs/
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) build dist site .cache .pytest_cache .ruff_cache .mypy_cache
 
 # torch comes first and by itself, so that nothing else chooses a build of it.
 $(VENV)/.torch: constraints.txt

@@ -22,6 +22,7 @@ PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "LOG.md")
 """Pages that lie at the root of the repository."""
 
 LINK = re.compile(r"(?P<head>\]\()(?P<target>[^()#\s]+)(?P<rest>(?:#[^()\s]*)?\))")
+HREF = re.compile(r"(?P<head><a\b[^>]*?\shref=\")(?P<target>[^\"#]+)(?P<rest>(?:#[^\"]*)?\")")
 FETCHED = re.compile(
     r"<(?:script|img|iframe|source|video|audio|embed|object|link)\b[^>]*?"
     r"\s(?:src|srcset|data|href)=[\"']?(?:https?:)?//[^>]*>",
@@ -32,13 +33,12 @@ log = logging.getLogger("mkdocs.hooks.whatwhere")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages at the root, and what pages link to outside of docs/."""
+    """Add the pages at the root, and the files outside of docs/ that pages link to."""
     for name in PAGES:
         files.append(_from_repository(name, config))
     for file in list(files.documentation_pages()):
-        if not file.src_uri.endswith(".md"):
-            continue
-        for match in LINK.finditer(file.content_string):
+        text = Path(str(file.abs_src_path)).read_text(encoding="utf-8")
+        for match in LINK.finditer(text):
             target = _repository_path(match["target"], file.src_uri)
             if target is None or target.startswith(DOCS) or files.get_file_from_path(target):
                 continue
@@ -58,6 +58,24 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return match["head"] + posixpath.relpath(_site_path(target), place) + match["rest"]
 
     return LINK.sub(turned, markdown)
+
+
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn the links of a notebook, which comes here as HTML; MkDocs turns those of Markdown."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def turned(match: re.Match[str]) -> str:
+        target = _repository_path(match["target"], page.file.src_uri)
+        if target is None:
+            return match[0]
+        file = files.get_file_from_path(_site_path(target))
+        if file is None:
+            log.warning("%s links to %s, which is not there", page.file.src_uri, match["target"])
+            return match[0]
+        return match["head"] + file.url_relative_to(page.file) + match["rest"]
+
+    return HREF.sub(turned, html)
 
 
 def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
