@@ -109,8 +109,8 @@ def peak(name: str, side: str) -> int:
     """KiB that a pass adds to a process that holds the model."""
     code = (
         "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1]);"
-        "import diagnosis as d; side = d.sides(sys.argv[2])[sys.argv[3]];"
-        "before = d.resident(reset=True); side(); print(d.resident() - before)"
+        "import diagnosis as d, training_step as t; side = d.sides(sys.argv[2])[sys.argv[3]];"
+        "before = t.resident(reset=True); side(); print(t.resident() - before)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(sys.path[0]), name, side],
