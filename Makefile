@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SHARE = -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-oldest quick-test check check-kernels format bench docs clean
+.PHONY: demo test test-oldest quick-test check check-kernels format bench docs figure clean
 
 demo: $(VENV)/.lab
 	$(BIN)/whatwhere compare text --preset quick --output runs/demo
@@ -46,11 +46,19 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 
-docs: demo
+# The documentation site, in site/. Every warning is an error: a link or an anchor that leads nowhere, a page that is
+# in no menu, a docstring whose parameters are not those of its function. The variable keeps the theme from
+# announcing its successor; with --quiet warnings would not be counted.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "The site: site/index.html"
+
+# The demo's figure, as README and docs show it.
+figure: demo
 	cp runs/demo/loss_by_length.svg runs/demo/loss_by_length.png docs/
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) build dist site .cache .pytest_cache .ruff_cache .mypy_cache
 
 # torch comes first and by itself, so that nothing else chooses a build of it.
 $(VENV)/.torch: constraints.txt
@@ -66,6 +74,10 @@ $(VENV)/.lab: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.lab
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[docs]'
+	@touch $@
 
 # Pins of what comes with transformers are those of another version.
 $(OLDEST)/.done: constraints.txt pyproject.toml

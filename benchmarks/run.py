@@ -16,6 +16,7 @@ NAMES = (
     "converted",
     "cache_bytes",
     "data",
+    "diagnosis",
 )
 
 

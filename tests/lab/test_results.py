@@ -12,7 +12,7 @@ import pytest
 from whatwhere.cli import main
 from whatwhere.lab import recipes, storage
 from whatwhere.lab.recipes import PaperFigure
-from whatwhere.lab.results import markdown, store
+from whatwhere.lab.results import markdown, rows, store
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME, PRESET = "openwebtext-124m", "quick"
@@ -185,10 +185,9 @@ def test_marked_tables_are_written_in_place(tmp_path: Path) -> None:
     "page",
     sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"]),
 )
-def test_committed_tables_are_those_of_the_committed_results(page: str, tmp_path: Path) -> None:
-    copy = tmp_path / "page.md"
-    copy.write_bytes((ROOT / page).read_bytes())
-    assert not markdown.fill(copy, store.load(ROOT / store.DEFAULT)), (
+def test_committed_tables_are_those_of_the_committed_results(page: str) -> None:
+    made = markdown.filled(ROOT / page, store.load(ROOT / store.DEFAULT))
+    assert made == (ROOT / page).read_text(encoding="utf-8"), (
         f"{page}: run `whatwhere results --tables {page}`"
     )
 
@@ -201,3 +200,34 @@ def test_committed_results_belong_to_shipped_recipes() -> None:
         known = {*recipe.encodings, *recipe.ours}
         assert set(own["encoding"]) <= known
         assert all(re.fullmatch(r"[0-9a-f]{40}", commit) for commit in own["commit"])
+
+
+def test_every_row_has_an_anchor_and_seeds_are_taken_together(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    store.add(path, [folder_of(tmp_path, {"rope": [5.0, 6.0], "pope": [4.0]})])
+    text = rows.measured(store.load(path))
+    mark = f'<a id="{rows.anchor(NAME, PRESET, "rope", "perplexity", 128)}"></a>'
+    assert f"| {mark}RoPE | `perplexity` | 128 | 5.5 | 0.707107 | 2 |" in text
+    assert "PoPE | `perplexity` | 128 | 4 |  | 1 |" in text
+    anchors = re.findall(r'<a id="([^"]+)"></a>', text + rows.printed())
+    assert len(anchors) == len(set(anchors))
+    printed = rows.anchor("paper", "rope-id-3b", "yarn", "ruler_accuracy", 16384)
+    assert printed in anchors and "| 0.4014 | arXiv 2603.18017, RULER |" in rows.printed()
+
+
+def test_rows_of_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "times.csv"
+    path.write_text("shape,seed,pass,ratio,date\n4x8,0,forward,1.5,d\n4x8,1,forward,1.7,d\n")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: rows times.csv 3 -->\n<!-- end of results -->\n")
+    table = store.load(tmp_path / "none.csv")
+    assert markdown.fill(page, table) and not markdown.fill(page, table)
+    assert '| <a id="times-4x8-forward"></a>4x8 | forward | 1.6 |' in page.read_text()
+    for wrong, message in (
+        ("rows times.csv 1", "do not tell rows apart"),
+        ("rows nothing.csv 1", "no file"),
+        ("rows times.csv", "expected rows"),
+    ):
+        page.write_text(f"<!-- results: {wrong} -->\n<!-- end of results -->\n")
+        with pytest.raises(ValueError, match=message):
+            markdown.fill(page, table)

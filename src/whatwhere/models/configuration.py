@@ -37,7 +37,7 @@ _INHERITED = frozenset(
 class WhatWhereConfig(PreTrainedConfig):
     """The shape of a `WhatWhereForCausalLM`, everything that its weights depend on.
 
-    Args:
+    Attributes:
         vocab_size: Number of tokens.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of blocks.

@@ -16,6 +16,7 @@ from whatwhere.lab import recipes, storage
 from whatwhere.lab.recipes.schema import Recipe
 from whatwhere.lab.report.findings import statistics
 from whatwhere.lab.report.page import unit_of
+from whatwhere.lab.results import rows
 
 NOT_RUN = "not run here"
 
@@ -41,9 +42,26 @@ HEADS = {
 def fill(path: Path, table: pd.DataFrame) -> bool:
     """Write the tables of a Markdown file again; say whether it changed.
 
+    Args:
+        path: The file.
+        table: Rows of results.csv.
+
+    Raises:
+        ValueError: As for `filled`.
+    """
+    text = path.read_text(encoding="utf-8")
+    changed = filled(path, table)
+    if changed != text:
+        storage.write_text(path, changed)
+    return changed != text
+
+
+def filled(path: Path, table: pd.DataFrame) -> str:
+    """The text of a Markdown file with its tables made anew.
+
     A table stands between ``<!-- results: RECIPE PRESET METRIC[@LENGTH] ... -->`` and
     ``<!-- end of results -->``; ``papers`` in place of a recipe makes the list of all figures
-    that papers print.
+    that papers print, ``rows`` tables in which every row has an anchor (`rows.block`).
 
     Args:
         path: The file.
@@ -57,17 +75,19 @@ def fill(path: Path, table: pd.DataFrame) -> bool:
         raise ValueError(f"{path}: a results marker is not closed by <!-- end of results -->")
 
     def made(match: re.Match[str]) -> str:
-        words = match["what"].split()
         try:
-            body = papers(table) if words == ["papers"] else of_recipe(table, *_read(words))
+            body = _block(match["what"].split(), table, path.parent)
         except ValueError as error:
             raise ValueError(f"{path}: {match[1].strip()}: {error}") from None
         return f"{match[1]}\n{body}\n{match[4]}"
 
-    changed = _BLOCK.sub(made, text)
-    if changed != text:
-        storage.write_text(path, changed)
-    return changed != text
+    return _BLOCK.sub(made, text)
+
+
+def _block(words: Sequence[str], table: pd.DataFrame, folder: Path) -> str:
+    if words[:1] == ["rows"]:
+        return rows.block(words[1:], table, folder)
+    return papers(table) if words == ["papers"] else of_recipe(table, *_read(words))
 
 
 def of_recipe(
@@ -190,10 +210,10 @@ def _count(found: pd.DataFrame, label: str, length: int | None) -> str:
 def _row(found: pd.DataFrame, label: str, length: int | None) -> pd.Series | None:
     if not len(found) or label not in found.index.get_level_values("encoding"):
         return None
-    rows = found.xs(label, level="encoding")
-    if length is not None and length not in rows.index:
+    own = found.xs(label, level="encoding")
+    if length is not None and length not in own.index:
         return None
-    return cast(pd.Series, rows.loc[length] if length is not None else rows.iloc[0])
+    return cast(pd.Series, own.loc[length] if length is not None else own.iloc[0])
 
 
 def _number(metric: str, value: float, deviation: float) -> str:
