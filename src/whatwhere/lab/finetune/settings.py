@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from whatwhere.lab.evaluate import rows_for
 from whatwhere.lab.recipes.schema import FinetuneSettings, TrainingSettings
 
 # Activations of one forward and backward pass are kept for so many tokens, and logits several
@@ -95,6 +94,8 @@ class TuningSettings(FinetuneSettings):
 
     def _parts(self, length: int, vocab_size: int) -> int:
         # The fewest equal parts that are small enough; in the end one row each.
+        from whatwhere.lab.evaluate import rows_for  # help does not wait for transformers
+
         rows = min(max(1, MOST_TOKENS // length), rows_for(2 * length, vocab_size))
         fits = (n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0)
         return next(n for n in fits if self.batch_size // n <= rows)

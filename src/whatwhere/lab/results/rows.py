@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from whatwhere.analysis.plots.palette import title
 from whatwhere.lab import recipes
-from whatwhere.lab.report.palette import title
 
 FIXED = ("date", "commit", "device", "torch")
 """Columns of benchmarks that say where a row is from, not what it is."""
