@@ -183,12 +183,12 @@ def _frequency_axis(place: Panels, index: int, limits: tuple[float, float, bool]
     bottom = low - STILL - 0.12 if still else low
     room = 0.04 * (high - bottom) + 0.02
     axes.set_ylim(bottom - room * (not still), high + room)
-    decades = [d for d in range(math.floor(low), math.ceil(high) + 1) if low <= d <= high]
-    ticks = [float(d) for d in decades]
-    names = [f"{10.0**d:g}" for d in decades]
-    waves = [d for d in range(8) if low <= math.log10(math.tau) - d <= high]
-    wave_ticks = [math.log10(math.tau) - d for d in waves]
-    wave_names = [_short(10**d) for d in waves]
+    turn = math.log10(math.tau)
+    chosen = _round_numbers(low, high)
+    ticks, names = [math.log10(value) for value in chosen], [f"{value:g}" for value in chosen]
+    waves = _round_numbers(turn - high, turn - low)
+    wave_ticks = [turn - math.log10(wave) for wave in waves]
+    wave_names = [_short(wave) for wave in waves]
     if still:
         ticks, names = [low - STILL, *ticks], ["0", *names]
         wave_ticks, wave_names = [low - STILL, *wave_ticks], ["∞", *wave_names]
@@ -207,5 +207,16 @@ def _frequency_axis(place: Panels, index: int, limits: tuple[float, float, bool]
         other.set_ylabel("wavelength, tokens")
 
 
-def _short(number: int) -> str:
-    return f"{number:,}" if number < 10_000 else f"{number // 1000:,}k"
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Powers of ten between two decimal logarithms; where they are few, what lies between, too."""
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        every = [step * 10.0**power for power in powers for step in steps]
+        found = [value for value in every if low - 0.02 <= math.log10(value) <= high + 0.02]
+        if len(found) > 2:
+            break
+    return found
+
+
+def _short(number: float) -> str:
+    return f"{number:,.4g}" if number < 10_000 else f"{number / 1000:,.0f}k"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,8 @@ def geometry(
         head_line(axes, measure.title, narrow)
         axes.set_ylabel(measure.unit)
     # Where nothing is turned both stages are one.
-    _legend(place, styling, trained, [("before the encoding", "--"), ("after it", "-")])
+    kinds = [("before the encoding", "--"), ("after it", "-")]
+    _legend(place, styling, trained, kinds, _lengths(known["geometry"]))
     return place.figure
 
 
@@ -144,7 +145,7 @@ def cost(
     axes.set_ylabel("operations over RoPE's, %")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, -0.5), max(high, 1.0))
-    _legend(place, styling, trained, [("formula", "-"), ("counted", "")])
+    _legend(place, styling, trained, [("formula", "-"), ("counted", "")], _lengths(known))
     return place.figure
 
 
@@ -178,8 +179,8 @@ def _finish(
     place: Panels, index: int, known: dict[str, pd.DataFrame], trained: Mapping[str, int | None]
 ) -> None:
     axes = place.axes[index]
-    lengths = sorted({int(n) for frame in known.values() for n in frame["length"]})
-    marks = sorted({n for n in trained.values() if n})
+    lengths = _lengths(known)
+    marks = _marks(trained, lengths)
     # The layout is made later: room for ticks is that of axes as they stand now, a little less.
     length_axis(axes, lengths, marks[0] if marks else None)
     for length in marks:
@@ -194,8 +195,10 @@ def _legend(
     styling: Mapping[str, Style],
     trained: Mapping[str, int | None],
     kinds: list[tuple[str, str]],
+    lengths: Sequence[int],
 ) -> None:
     handles = []
+    marks = _marks(trained, lengths)
     for label, style in styling.items():
         if label:
             name = shorten(style.title, 24)
@@ -210,7 +213,6 @@ def _legend(
         handles.append(
             Line2D([], [], color=colour, linewidth=1.6, markersize=6, label=name, **more)
         )
-    marks = sorted({n for n in trained.values() if n})
     if marks:
         name = "trained at " + " and ".join(f"{n:,}" for n in marks)
         handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label=name))
@@ -232,3 +234,13 @@ def _train_lengths(given: TrainLength, labels: list[str]) -> dict[str, int | Non
     if isinstance(given, Mapping):
         return {label: given.get(label) for label in labels}
     return dict.fromkeys(labels, given)
+
+
+def _lengths(known: Mapping[str, pd.DataFrame]) -> list[int]:
+    return sorted({int(n) for frame in known.values() for n in frame["length"]})
+
+
+def _marks(trained: Mapping[str, int | None], lengths: Sequence[int]) -> list[int]:
+    # Training lengths that are drawn: one beyond all lengths only where there is no other.
+    marks = sorted({n for n in trained.values() if n})
+    return [n for n in marks if n <= lengths[-1]] or marks[:1]

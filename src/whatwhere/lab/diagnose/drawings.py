@@ -260,6 +260,8 @@ def _frequencies(models: Sequence[Measured]) -> list[Drawing]:
 
 def _delta(models: Sequence[Measured]) -> list[Drawing]:
     table = together(models, "learned_delta")
+    if table.empty or not table["delta"].any():  # of models just converted
+        return []
     return [
         Drawing(
             "frequencies",

@@ -150,6 +150,8 @@ def delta(found: Measured) -> list[Finding]:
     if table is None:
         return []
     sizes = table.assign(delta=table["delta"].abs()).groupby("frequency")["delta"].mean()
+    if not sizes.any():
+        return [Finding("measured", f"All {len(table):,} learned phases are 0.")]
     quarter = max(1, len(sizes) // 4)
     slow, fast = float(sizes.iloc[:quarter].mean()), float(sizes.iloc[-quarter:].mean())
     furthest, place = float(sizes.max()), float(sizes.idxmax())  # type: ignore[arg-type]

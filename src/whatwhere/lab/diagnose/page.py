@@ -124,6 +124,8 @@ def _row(one: Measured, styling: Mapping[str, Style], several: bool) -> Row:
     middle = math.nan if shift is None else float(shift["content_shift"].median())
     cells.append(Cell(f"{100 * middle:.0f}" if math.isfinite(middle) else MISSING))
     below = f"{span[0]:,} → {span[1]:,} tokens" if span and several else ""
+    if span is None and one.lengths:
+        below = f"at {one.lengths[-1]:,} tokens"
     style = styling[one.label]
     return Row(style.title, below, style.colour, cells)
 
