@@ -305,11 +305,15 @@ def test_the_estimate_grows_with_length_and_knows_eager_attention(tmp_path: Path
     model = subject.skeleton()
     assert all(parameter.is_meta for parameter in model.parameters())
     numbers = sum(p.numel() for p in model.parameters())
-    short, long = (memory.estimate(model, n, 1, "float32") for n in (1024, 2048))
+    short, long = (memory.estimate(model, [n], 1, "float32") for n in (2**15, 2**16))
     assert numbers * 4 <= short.weights <= numbers * 4 + 4096  # and its buffers
-    assert memory.estimate(model, 1024, 1, "bfloat16").weights == short.weights // 2
+    assert memory.estimate(model, [1024], 1, "bfloat16").weights == short.weights // 2
     assert long.activations == 2 * short.activations
     model.config._attn_implementation = "eager"
-    more = memory.estimate(model, 2048, 1, "float32").activations - long.activations
-    assert more == 4 * 2048**2 * 8
+    more = memory.estimate(model, [2**16], 1, "float32").activations - long.activations
+    assert more == 4 * 2**32 * 8
+    # Short windows are read in batches, which count too.
+    model.config._attn_implementation = "sdpa"
+    batched = memory.estimate(model, [64], 1, "float32")
+    assert batched.activations == short.activations // 2
     assert running.device_of(Settings("m", ("t",), (8,), tmp_path, device="cpu")).type == "cpu"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
+
+from whatwhere.lab.evaluate import rows_for
 
 GIB = 2**30
 DOUBLE, FLOAT = 8, 4
@@ -24,7 +27,7 @@ class Estimate:
         weights: Of the model.
         activations: Of one forward pass while its widest layer is computed.
         statistics: Of what the trace computes of one head in float64.
-        logits: Of one window, and their copy in float32.
+        logits: Of a batch of the loss, and what is made of those of one window.
     """
 
     weights: int
@@ -48,18 +51,19 @@ class Estimate:
         return f"about {self.total / GIB:.2f} GiB ({listed})"
 
 
-def estimate(model: Any, length: int, batch: int, dtype: str) -> Estimate:
+def estimate(model: Any, lengths: Sequence[int], batch: int, dtype: str) -> Estimate:
     """Bytes that one window or more need.
 
     A layer keeps, for each token, the outputs of all its matrices (twice: before and after a
     rotation or an activation) and six vectors of the hidden size. Attention through PyTorch's
     fused kernels keeps no matrix of all pairs; ``eager`` keeps one for each head, with its softmax
-    in float32; a sliding window needs a mask of all pairs.
+    in float32; a sliding window needs a mask of all pairs. Short windows are read in batches,
+    whose tokens and logits `whatwhere.lab.evaluate` bounds.
 
     Args:
         model: Without weights, on the ``meta`` device.
-        length: ``T``, tokens of a window.
-        batch: Windows in a forward pass.
+        lengths: Tokens of windows.
+        batch: Windows of the longest length in a forward pass of the trace.
         dtype: Of the weights, ``"auto"`` for the config's.
     """
     config = model.config
@@ -70,7 +74,9 @@ def estimate(model: Any, length: int, batch: int, dtype: str) -> Estimate:
     embedded = {id(p) for p in _embeddings(model)}
     inner = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embedded]
     outputs = sum(max(p.shape) for p in inner) / layers
-    tokens = batch * length
+    length, words = max(lengths), getattr(config, "vocab_size", 0) or 1
+    batched = max(rows_for(n, words) * n for n in lengths)
+    tokens = max(batch * length, batched)
     activations = tokens * width * (2 * outputs + 6 * hidden)
     heads = getattr(config, "num_attention_heads", 1)
     if getattr(config, "_attn_implementation", None) == "eager":
@@ -80,7 +86,9 @@ def estimate(model: Any, length: int, batch: int, dtype: str) -> Estimate:
     head_dim = getattr(config, "head_dim", None) or max(1, hidden // max(1, heads))
     # Of a head's queries and keys, up to twice as wide after the encoding, six copies.
     statistics = 6 * DOUBLE * length * 2 * head_dim * 2 + BLOCK
-    logits = length * getattr(config, "vocab_size", 0) * (width + 2 * FLOAT)
+    # Of the batch as they are; of one window their logarithms, and a copy if not in float32.
+    copies = FLOAT if width == FLOAT else 2 * FLOAT
+    logits = words * (batched * width + length * copies)
     return Estimate(numbers * width, int(activations), statistics, logits)
 
 
@@ -92,19 +100,19 @@ def free(device: torch.device) -> int:
 
 
 def check(
-    name: str, model: Any, length: int, batch: int, dtype: str, at: torch.device
+    name: str, model: Any, lengths: Sequence[int], batch: int, dtype: str, at: torch.device
 ) -> Estimate:
     """Estimate what a model needs, and refuse what is not there.
 
     Raises:
         ValueError: With the estimate.
     """
-    needed, there = estimate(model, length, batch, dtype), free(at)
+    needed, there = estimate(model, lengths, batch, dtype), free(at)
     if needed.total > HEADROOM * there:
         raise ValueError(
-            f"memory: {name} at {length:,} tokens needs {needed}, and {there / GIB:.2f} GiB are "
-            f"free on {at}: choose shorter --lengths, a smaller --batch-size, --dtype bfloat16 or "
-            "another --device"
+            f"memory: {name} at {max(lengths):,} tokens needs {needed}, and {there / GIB:.2f} "
+            f"GiB are free on {at}: choose shorter --lengths, a smaller --batch-size, "
+            "--dtype bfloat16 or another --device"
         )
     return needed
 

@@ -15,7 +15,7 @@ from whatwhere.lab.data import spaced_windows
 from whatwhere.lab.data.tokens import Tokens
 from whatwhere.lab.diagnose.settings import Settings
 from whatwhere.lab.diagnose.subjects import Subject, count
-from whatwhere.lab.evaluate import length_loss
+from whatwhere.lab.evaluate import MAX_TOKENS, length_loss
 
 POINTS = 512
 """Keys and queries of a head that are drawn."""
@@ -159,7 +159,8 @@ def retrieval(work: Work) -> Result:
                 counter.advance("")
             known = done
 
-        table = measure(work.model, items, progress=show)
+        most = max(lengths[-1] * settings.batch_size, MAX_TOKENS)
+        table = measure(work.model, items, tokens_per_batch=most, progress=show)
     return {"retrieval": table}, {"needles": settings.needles}
 
 

@@ -127,9 +127,9 @@ def _prepare(subject: Subject, settings: Settings, device: torch.device, say: Sa
 
 
 def _check_memory(one: Prepared, settings: Settings, say: Say) -> None:
-    given, longest, batch = one.work.subject.given, settings.rising[-1], settings.batch_size
+    given, batch = one.work.subject.given, settings.batch_size
     device = one.work.device
-    needed = memory.check(given, one.skeleton, longest, batch, settings.dtype, device)
+    needed = memory.check(given, one.skeleton, settings.rising, batch, settings.dtype, device)
     say(f"{given}: needs {needed}")
 
 
