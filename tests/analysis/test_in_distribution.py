@@ -280,6 +280,12 @@ def unknown_rope() -> PreTrainedConfig:
     return config
 
 
+def rope_of_some_layers() -> PreTrainedConfig:
+    config = gemma3()
+    del config.rope_parameters["sliding_attention"]
+    return config
+
+
 @pytest.mark.parametrize(
     ("subject", "lengths", "train_length", "message"),
     [
@@ -294,6 +300,8 @@ def unknown_rope() -> PreTrainedConfig:
         (transformers.GPT2Config(), [1025], None, "beyond the learned table of 1024"),
         (transformers.BertConfig(), [64], None, "nothing is known .* 'bert'"),
         (unknown_rope(), [64], None, "rope_type='spiral' .*expected one of default, linear"),
+        (rope_of_some_layers(), [64], None, "no entry for layers of type 'sliding_attention'"),
+        (transformers.Gemma4TextConfig(), [64], None, "layers of different shapes"),
         (torch.nn.Linear(2, 2), [64], None, "model is a Linear: expected an encoding"),
         ("llama", [64], None, "model is a str"),
     ],
