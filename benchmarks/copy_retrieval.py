@@ -7,7 +7,7 @@ half says the first again, from a random place on and round; in the others a run
 twice, at random places (alone these are learned too slowly). The loss is that of what is said
 again, from its third token on. The models are then asked by `whatwhere.analysis.copy_items`, up to
 four times as long as trained; ``control`` is the token accuracy where the copy was taken out.
-A model that is saved is not trained again.
+A model saved in the output folder is not trained again: name a new one after changing how.
 """
 
 from __future__ import annotations
