@@ -118,6 +118,7 @@ class Learned(Absolute):
             raise ValueError("learned positions need max_length or train_length: both are None")
         name = "train_length" if max_length is None else "max_length"
         self.max_length = check_whole(name, length)
+        self.train_length = train_length
         self.weight = nn.Parameter(torch.empty(self.max_length, self.embedding_dim))
         self.reset_parameters()
 

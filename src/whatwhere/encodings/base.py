@@ -28,6 +28,9 @@ class Encoding(nn.Module):
     Attributes:
         absolute: Whether the encoding is a vector added to token embeddings (`embed`).
         frequencies: ``(A, R)`` nested tuples of radians per position, empty if nothing rotates.
+        train_length: The training length that it was made for, ``None`` if it was told none.
+        original_frequencies: What ``frequencies`` were in training where they are changed for a
+            longer context, ``None`` where they are as in training.
     """
 
     absolute: bool = False
@@ -48,6 +51,8 @@ class Encoding(nn.Module):
         self.temperature_length = temperature_length
         self.scale = self.head_dim**-0.5 if scale is None else check_number("scale", scale)
         self.frequencies: tuple[tuple[float, ...], ...] = ()
+        self.train_length: int | None = None
+        self.original_frequencies: tuple[tuple[float, ...], ...] | None = None
         self._inv_freq: dict[torch.device, Tensor] = {}
 
     def forward(self, device: torch.device | str | None = None) -> ScoreSpec:

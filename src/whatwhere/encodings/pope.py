@@ -228,3 +228,4 @@ class PoPEID(Polar):
             temperature_length=temperature_length,
             scale=scale,
         )
+        self.train_length = train_length

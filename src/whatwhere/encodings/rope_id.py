@@ -47,6 +47,7 @@ class RoPEID(Encoding):
         if temperature and temperature_length is None:
             temperature_length = train_length
         super().__init__(head_dim, num_heads, temperature_length=temperature_length, scale=scale)
+        self.train_length = train_length
         pairs = rotated_units(head_dim, fraction, 2, "for no rotation use NoPE")
         self.frequencies = (in_distribution(pairs, train_length),)
 

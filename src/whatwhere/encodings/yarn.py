@@ -62,6 +62,8 @@ class YaRN(Encoding):
             )
         pairs = rotated_units(head_dim, fraction, 2, "for no rotation use NoPE")
         self.factor = factor
+        self.train_length = train_length
+        self.original_frequencies = (frequencies.geometric(pairs, base),)
         self.scale *= (0.1 * math.log(factor) + 1) ** 2
         self.frequencies = (
             frequencies.yarn(pairs, base, train_length, factor, beta_fast, beta_slow),
