@@ -10,6 +10,7 @@
 """
 
 from whatwhere.analysis.capture import Seen, observed
+from whatwhere.analysis.cost import cost
 from whatwhere.analysis.delta import learned_delta
 from whatwhere.analysis.geometry import (
     Moments,
@@ -18,22 +19,33 @@ from whatwhere.analysis.geometry import (
     singular_share,
     stable_rank,
 )
+from whatwhere.analysis.in_distribution import SafeLength, in_distribution, safe_length
 from whatwhere.analysis.layers import AttentionLayer, NoAttentionError, NotFiniteError
+from whatwhere.analysis.retrieval import Item, copy_chance, copy_items, retrieval, without_copy
 from whatwhere.analysis.tracing import Trace, attention_weights, trace
 
 __all__ = [
     "AttentionLayer",
+    "Item",
     "Moments",
     "NoAttentionError",
     "NotFiniteError",
+    "SafeLength",
     "Seen",
     "Trace",
     "attention_weights",
     "centroid_cosine",
+    "copy_chance",
+    "copy_items",
+    "cost",
+    "in_distribution",
     "learned_delta",
     "observed",
+    "retrieval",
+    "safe_length",
     "silhouette",
     "singular_share",
     "stable_rank",
     "trace",
+    "without_copy",
 ]

@@ -247,8 +247,9 @@ def _weights(model: PreTrainedModel) -> int:
     config = cast(Any, model.config)
     chosen = int(getattr(config, "num_experts_per_tok", None) or 0)
     stacked = [p for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]
-    of_experts = sum(chosen * p.numel() // p.shape[0] for p in stacked)
-    return sum(int(m.weight.numel()) for m in linear) + of_experts
+    of_experts: int = sum(chosen * p.numel() // p.shape[0] for p in stacked)
+    in_linear: int = sum(m.weight.numel() for m in linear)
+    return in_linear + of_experts
 
 
 def _tables(model: PreTrainedModel, length: int, itemsize: int) -> int:
@@ -267,7 +268,7 @@ def _tables(model: PreTrainedModel, length: int, itemsize: int) -> int:
     rows = {layer.trained for layer in layers if layer.kind == "rotate"}
     rotations = sum(2 * length * 2 * len(row) * itemsize for row in rows)
     tables = {layer.table for layer in layers if layer.table is not None}
-    return rotations + sum(table * config.hidden_size * itemsize for table in tables)
+    return rotations + sum(table * int(config.hidden_size) * itemsize for table in tables)
 
 
 def _check_table(config: Any, lengths: list[int]) -> None:

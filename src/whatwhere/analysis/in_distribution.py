@@ -112,10 +112,11 @@ def safe_length(model: object, train_length: int | None = None) -> SafeLength:
       ``K(r) = mean_c cos(r theta_c)``: what a key ``r`` tokens back scores by them, with
       ``delta = 0`` and equal magnitudes. While ``K >= 0`` a match adds to a score; the limit is
       the least ``r >= L`` with ``K(r) < min(0, min_{r < L} K(r))``, where it counts against a
-      key as it never did in training. For many channels that is near ``0.6 base``: the sum tends
-      to ``Ci(2 pi r / L) - Ci(r / base)``, and the cosine integral is 0 at 0.6165. No limit if
-      there is none up to `LONGEST`, or all channels complete a turn. A ``delta`` drawn
-      uniformly: ``L``; the paper needs 0.
+      key as it never did in training. Over ever more channels the sum tends to
+      ``Ci(2 pi r / L) - Ci(r / base)``, whose last term is 0 at ``r = 0.6165 base``; few channels
+      reach 0 before (32 with base 10,000 and ``L = 256``: at 2,963). No limit if there is none
+      up to `LONGEST`, or all channels complete a turn. A ``delta`` drawn uniformly: ``L``; the
+      paper needs 0.
     - **No encoding**: ``L``. Nothing rotates, yet attention spreads over more keys than in
       training (arXiv 2404.12224).
     - **ALiBi**: no limit, as its paper found for perplexity (arXiv 2108.12409); with heads

@@ -271,6 +271,11 @@ def _rotation(config: Any, kind: str | None, train_length: int | None) -> LayerP
             )
         settings = {"rope_theta": 10000.0, "partial_rotary_factor": turned / width}
     nested = isinstance(settings.get(kind), dict)
+    if not nested and any(isinstance(value, dict) for value in settings.values()):
+        raise ValueError(
+            f"rope_parameters of model type {config.model_type!r} has no entry for layers of type "
+            f"{kind!r}"
+        )
     own = settings[kind] if nested else settings
     rope_type = own.get("rope_type", "default")
     if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):

@@ -121,6 +121,14 @@ KINDS = (*HIDDEN, "counting")
 """All kinds; `counting` has a list of words in place of a text."""
 
 
+def unseen(kind: str, draw: random.Random, text: str) -> Riddle:
+    """A riddle of a kind none of whose names and numbers the text has."""
+    while True:
+        riddle = HIDDEN[kind](draw)
+        if not any(word in text for word in riddle.drawn):
+            return riddle
+
+
 def names(rng: random.Random, count: int) -> list[str]:
     """Different made-up names that no book has, such as Vokamer."""
     found: list[str] = []

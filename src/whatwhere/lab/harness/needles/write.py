@@ -17,7 +17,7 @@ from whatwhere.lab.environment import git_commit, versions
 from whatwhere.lab.harness.byte_tokenizer import byte_tokenizer
 from whatwhere.lab.harness.needles import string_match, tasks
 from whatwhere.lab.harness.needles.haystack import Haystack, count_all
-from whatwhere.lab.harness.needles.kinds import HIDDEN, Riddle
+from whatwhere.lab.harness.needles.kinds import unseen
 from whatwhere.lab.harness.needles.prompts import TooShortError, hide, listing
 from whatwhere.lab.harness.needles.settings import NeedleSettings
 from whatwhere.lab.harness.settings import Settings
@@ -157,7 +157,7 @@ def _rows(
     if kind == "counting":
         return _counting(settings, length, haystack, tokenizer)
     draws = [random.Random(f"{settings.seed} {kind} {length} {i}") for i in range(settings.items)]
-    riddles = [_unseen(kind, draw, haystack.text) for draw in draws]
+    riddles = [unseen(kind, draw, haystack.text) for draw in draws]
     answer = _answer_tokens([riddle.outputs for riddle in riddles], tokenizer)
     rows = []
     for index, (riddle, draw) in enumerate(zip(riddles, draws, strict=True)):
@@ -216,14 +216,6 @@ def _of_length(length: int, answer: int) -> Iterator[None]:
         yield
     except TooShortError as error:
         raise TooShortError(length, error.least + answer) from error
-
-
-def _unseen(kind: str, draw: random.Random, text: str) -> Riddle:
-    """A riddle none of whose names and numbers the text has."""
-    while True:
-        riddle = HIDDEN[kind](draw)
-        if not any(word in text for word in riddle.drawn):
-            return riddle
 
 
 def _answer_tokens(answers: list[tuple[str, ...]], tokenizer: Any) -> int:
