@@ -317,3 +317,26 @@ def test_the_estimate_grows_with_length_and_knows_eager_attention(tmp_path: Path
     batched = memory.estimate(model, [64], 1, "float32")
     assert batched.activations == short.activations // 2
     assert running.device_of(Settings("m", ("t",), (8,), tmp_path, device="cpu")).type == "cpu"
+
+
+@pytest.mark.parametrize("ask", ["copy", "needle"])
+def test_lengths_without_room_for_a_question_are_left_out_and_said(
+    ask: str, place: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text("It was said of it there. What stands where, and when? " * 200)
+    lengths = (16, 512)
+    settings = Settings(str(place / "one"), (str(text),), lengths, tmp_path, ask=ask, needles=1)
+    (subject,) = subjects.find(settings)
+    tokens = subjects.read(subject, settings)
+    if ask == "copy":  # which needs keys that the text has only once
+        tokens = torch.randint(256, (2048,), generator=torch.Generator().manual_seed(0)).numpy()
+    work = parts.Work(subject, settings, tokens, 16, torch.device("cpu"))
+    items, left_out = parts._items(work)
+    assert [length for length, _ in left_out] == [16]
+    assert {item.length for item in items} == {512} and len(items) == len(parts.DEPTHS)
+
+
+def test_what_was_left_out_stands_on_the_page(whole: Path) -> None:
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert "one: nothing asked for at 16 tokens" in page

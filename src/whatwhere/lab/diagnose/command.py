@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -47,9 +47,11 @@ class Diagnose:
     heads: Numbers = ()
     """the same"""
     retrieval: bool = True
-    """hide keys and values in the text and ask for them"""
+    """hide facts in the text and ask for them"""
     needles: int = 2
     """of these for each length and depth"""
+    ask: Literal["auto", "needle", "copy"] = "auto"
+    """a question in words, or a key and a value to copy; auto: copies if the model reads bytes"""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16"""
     device: str | None = None
@@ -89,6 +91,7 @@ class Diagnose:
             self.retrieval,
             self.needles,
             self.seed,
+            self.ask,
         )
 
 

@@ -308,8 +308,9 @@ def _others(models: Sequence[Measured]) -> list[Drawing]:
         Drawing(
             "retrieval",
             "retrieval",
-            f"Share of {which}: a key and a value are put into the "
-            "text at that depth, the key is said again at the end, and the value is asked for.",
+            f"Share of {which}, by the length of the prompt and the depth of what is asked for. "
+            "Models that read bytes are given a key and a value to copy, others a question in "
+            "words, unless --ask says otherwise.",
             {"retrieval": found},
             lambda narrow: plots.retrieval(found, _trained(models), column=right, narrow=narrow),
         ),

@@ -184,7 +184,7 @@ def _arguments(settings: Settings) -> list[str]:
     if settings.against:
         given += ["--against", *settings.against]
     defaults = {"tokenizer": None, "texts": 4, "dtype": "auto", "train_length": None}
-    for name, default in (defaults | {"needles": 2, "seed": 0}).items():
+    for name, default in (defaults | {"needles": 2, "seed": 0, "ask": "auto"}).items():
         value = getattr(settings, name)
         if value != default:
             given += [f"--{name.replace('_', '-')}", str(value)]

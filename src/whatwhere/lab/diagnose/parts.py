@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 
 from whatwhere.lab.console import counting
 from whatwhere.lab.data import spaced_windows
+from whatwhere.lab.data.sources import read_corpus
 from whatwhere.lab.data.tokens import Tokens
+from whatwhere.lab.diagnose.needles import needle_items
 from whatwhere.lab.diagnose.settings import Settings
 from whatwhere.lab.diagnose.subjects import Subject, count
 from whatwhere.lab.evaluate import MAX_TOKENS, length_loss
+
+if TYPE_CHECKING:
+    from whatwhere.analysis import Item
 
 POINTS = 512
 """Keys and queries of a head that are drawn."""
@@ -137,19 +142,15 @@ def cost(work: Work) -> Result:
 
 
 def retrieval(work: Work) -> Result:
-    """Whether a key that is said again calls up what was said after it the first time."""
-    from whatwhere.analysis.retrieval import copy_items
+    """Whether what is hidden at a depth of the text is found."""
     from whatwhere.analysis.retrieval import retrieval as measure
 
-    settings, least = work.settings, 2 * (KEY + VALUE)
-    lengths = [n for n in work.lengths if n >= least]
-    if not lengths:
-        why = f"no length has room for the {least} tokens of a key and a value, twice"
-        return {"retrieval": pd.DataFrame({"length": []})}, {"missing": why}
-    tokens = torch.from_numpy(work.tokens.astype("int64"))
-    items = copy_items(
-        tokens, lengths, DEPTHS, items=settings.needles, key=KEY, value=VALUE, seed=settings.seed
-    )
+    items, left_out = _items(work)
+    notes = {"ask": _asked(work), "left_out": left_out}
+    if not items:
+        return {"retrieval": pd.DataFrame({"length": []})}, notes | {
+            "missing": "; ".join(f"{length:,} tokens: {why}" for length, why in left_out)
+        }
     with counting(f"{work.subject.label}: retrieval", len(items)) as counter:
         known = 0
 
@@ -159,9 +160,40 @@ def retrieval(work: Work) -> Result:
                 counter.advance("")
             known = done
 
-        most = max(lengths[-1] * settings.batch_size, MAX_TOKENS)
+        most = max(work.lengths[-1] * work.settings.batch_size, MAX_TOKENS)
         table = measure(work.model, items, tokens_per_batch=most, progress=show)
-    return {"retrieval": table}, {"needles": settings.needles}
+    return {"retrieval": table}, notes
+
+
+def _asked(work: Work) -> str:
+    if work.settings.ask != "auto":
+        return work.settings.ask
+    return "copy" if work.subject.tokenizer == "bytes" else "needle"
+
+
+def _items(work: Work) -> tuple[list[Item], list[tuple[int, str]]]:
+    # What is asked, and lengths that have no room for it or not enough text, with the reason.
+    from whatwhere.analysis.retrieval import copy_items
+
+    settings = work.settings
+    given: dict[str, Any] = {"items": settings.needles, "seed": settings.seed}
+    make: Callable[[int], list[Item]]
+    if _asked(work) == "copy":
+        tokens = torch.from_numpy(work.tokens.astype("int64"))
+        make = lambda n: copy_items(tokens, [n], DEPTHS, key=KEY, value=VALUE, **given)  # noqa: E731
+    else:
+        corpus = read_corpus(settings.text)
+        text = "\n".join(document.text.decode() for document in corpus.documents)
+        tokenizer = work.subject.load_tokenizer()
+        make = lambda n: needle_items(text, tokenizer, [n], DEPTHS, **given)  # noqa: E731
+    items: list[Item] = []
+    left_out: list[tuple[int, str]] = []
+    for length in work.lengths:
+        try:
+            items += make(length)
+        except ValueError as error:
+            left_out.append((length, str(error)))
+    return items, left_out
 
 
 PARTS: dict[str, Callable[[Work], Result]] = {

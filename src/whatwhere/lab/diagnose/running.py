@@ -201,6 +201,8 @@ def _notes(subject: Subject, settings: Settings, notes: dict[str, Any]) -> tuple
         said.append(
             f"{subject.label}: RoPE's weights with YaRN's factor {factor:g} at all lengths."
         )
+    for length, why in notes.get("left_out", []):
+        said.append(f"{subject.label}: nothing asked for at {length:,} tokens ({why}).")
     if "unknown" in notes["features"]:
         said.append(
             f"{subject.label}: some layers rotate in a way that is not read; they have no "

@@ -8,6 +8,8 @@ from typing import Any
 
 from whatwhere.lab.harness.settings import DTYPES
 
+ASK = ("auto", "needle", "copy")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -30,6 +32,8 @@ class Settings:
         retrieval: Whether facts are hidden and asked for.
         needles: Facts for each length and depth.
         seed: Of what is drawn at random: the facts.
+        ask: How, one of `ASK`: a question in words (``needle``), or a key and a value that are to
+            be copied (``copy``); ``auto`` is copies for models that read bytes, else questions.
     """
 
     model: str
@@ -48,6 +52,7 @@ class Settings:
     retrieval: bool = True
     needles: int = 2
     seed: int = 0
+    ask: str = "auto"
 
     @property
     def rising(self) -> tuple[int, ...]:
@@ -66,6 +71,8 @@ class Settings:
             raise ValueError("text: name files or folders to read")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.ask not in ASK:
+            raise ValueError(f"ask: expected one of {', '.join(ASK)}, got {self.ask!r}")
         floors = {"texts": 1, "batch_size": 1, "train_length": 1, "needles": 1, "seed": 0}
         for name, least in floors.items():
             value = getattr(self, name)
@@ -89,4 +96,5 @@ class Settings:
             "train_length": self.train_length,
             "needles": self.needles,
             "seed": self.seed,
+            "ask": self.ask,
         }

@@ -16,6 +16,7 @@ from whatwhere.lab.data import read_tokens
 from whatwhere.lab.data.tokens import Tokens
 from whatwhere.lab.diagnose.settings import Settings
 from whatwhere.lab.harness import subject as harness
+from whatwhere.lab.harness.byte_tokenizer import byte_tokenizer
 from whatwhere.lab.pretrained import Source
 
 
@@ -75,6 +76,19 @@ class Subject:
         """The model, in evaluation mode."""
         model = self._stretch(Source(self.path).load_model(dtype))
         return model.to(device).eval()
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, as transformers has them, for bytes as for others.
+
+        Raises:
+            ValueError: If it cannot be loaded.
+        """
+        if self.tokenizer == "bytes":
+            return byte_tokenizer()
+        found = Source(self.tokenizer).load_tokenizer()
+        if found is None:
+            raise ValueError(f"tokenizer: {self.tokenizer} holds none")
+        return found
 
     def _stretch(self, model: Any) -> Any:
         if self.stretched is not None:
