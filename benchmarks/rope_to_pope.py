@@ -26,8 +26,8 @@ from matplotlib.style import context
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
-from whatwhere.analysis.plots.palette import Style
-from whatwhere.analysis.plots.style import GREY, RC
+from whatwhere.figures.palette import Style
+from whatwhere.figures.style import GREY, RC
 from whatwhere.lab import runs, storage
 from whatwhere.lab.data import TextTask, make_task
 from whatwhere.lab.evaluate import length_loss, load_model, mean_loss, rows_for

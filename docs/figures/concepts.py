@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 import whatwhere as ww
-from whatwhere.analysis.plots.palette import KNOWN, SPARE
+from whatwhere.figures.palette import KNOWN, SPARE
 
 DASHES = (0, (2, 1))
 HERE = Path(__file__).resolve().parent

@@ -20,7 +20,7 @@ import diagnosis_frames as made
 from whatwhere.analysis import plots
 from whatwhere.analysis.plots import panels
 from whatwhere.analysis.plots.lines import MEASURES
-from whatwhere.analysis.plots.style import svg
+from whatwhere.figures.style import svg
 
 LAST = made.LENGTHS[-1]
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from comparison_folder import LENGTHS, SLOPES, loss, text_recipe, write_comparison
-from whatwhere.analysis.plots.palette import KNOWN, SPARE, Style, styles
-from whatwhere.analysis.plots.style import svg
+from whatwhere.figures.palette import KNOWN, SPARE, Style, styles
+from whatwhere.figures.style import svg
 from whatwhere.lab.report import figures
 from whatwhere.lab.report.canvas import save, spread
 from whatwhere.lab.report.records import Comparison, read_comparison

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from whatwhere.analysis.plots.palette import styles, title
+from whatwhere.figures.palette import styles, title
 from whatwhere.lab import recipes, storage
 from whatwhere.lab.compare import summary
 from whatwhere.lab.report.figures import draw_loss_by_length

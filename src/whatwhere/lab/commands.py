@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from whatwhere.figures.palette import title
 from whatwhere.lab import recipes
 from whatwhere.lab.bench.command import Bench
 from whatwhere.lab.convert.command import Convert
@@ -333,8 +334,6 @@ def _listing() -> Table:
 
 def _figures(recipe: Recipe) -> str:
     # RoPE 0.5081, PoPE 0.4889: the metrics of a recipe one after the other.
-    from whatwhere.analysis.plots.palette import title  # help does not wait for matplotlib
-
     found: dict[str, list[str]] = {}
     for label, figures in recipe.paper.items():
         for metric, figure in figures.items():

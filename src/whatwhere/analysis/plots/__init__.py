@@ -1,8 +1,8 @@
 """Figures of what `whatwhere.analysis` measures; importing this package imports matplotlib.
 
 Each takes a data frame, or several by the labels of their models, and returns a figure of
-matplotlib: models have one scale. `narrow` draws it for a telephone. `style.png` and `style.svg`
-turn a figure into the bytes of a file.
+matplotlib: models have one scale. `narrow` draws it for a telephone. `whatwhere.figures.style`
+turns a figure into the bytes of a file.
 """
 
 from whatwhere.analysis.plots.frequencies import frequency_usage, learned_delta

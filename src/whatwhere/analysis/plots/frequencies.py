@@ -26,7 +26,7 @@ from whatwhere.analysis.plots.panels import (
     panels,
     shared_norm,
 )
-from whatwhere.analysis.plots.style import GREY, RC
+from whatwhere.figures.style import GREY, RC
 
 SIDES = {"query": "queries", "key": "keys"}
 STILL = 0.45

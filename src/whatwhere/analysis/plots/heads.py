@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
@@ -23,7 +24,7 @@ from whatwhere.analysis.plots.panels import (
     panels,
     shared_norm,
 )
-from whatwhere.analysis.plots.style import RC
+from whatwhere.figures.style import RC
 
 
 @context(RC, after_reset=True)
@@ -71,17 +72,10 @@ def by_head(
     columns = min(len(known), columns) if len(known) <= columns else min(columns, 4)
     place = panels(title, len(known), columns, narrow, _height(known, columns, narrow))
     many = sum(map(len, known.values())) > MOST_CELLS
+    colours = DIVERGING if signed else SEQUENTIAL
     mesh: Any = None
     for index, (axes, (label, frame)) in enumerate(zip(place.axes, known.items(), strict=True)):
-        grid = frame.pivot(index="head", columns="layer", values=column)
-        heads = range(int(frame["head"].max()) + 1)
-        layers = range(int(frame["layer"].min()), int(frame["layer"].max()) + 1)
-        grid = grid.reindex(index=heads, columns=layers)
-        x = np.arange(layers.start, layers.stop + 1) - 0.5
-        y = np.arange(len(heads) + 1) - 0.5
-        colours = DIVERGING if signed else SEQUENTIAL
-        mesh = heat(axes, x, y, grid.to_numpy(float), norm, colours, many)
-        axes.set_ylim(len(heads) - 0.5, -0.5)
+        mesh = _cells(axes, frame, column, norm, colours, many)
         head_line(axes, heading(label, most=22 if narrow else 34), narrow)
         bare(axes)
         integer_axis(axes.xaxis, 4 if narrow else 8)
@@ -92,6 +86,19 @@ def by_head(
             axes.set_ylabel("head")
     place.colour_bar(mesh, unit, percent)
     return place.figure
+
+
+def _cells(
+    axes: Any, frame: pd.DataFrame, column: str, norm: Normalize, colours: str, many: bool
+) -> Any:
+    grid = frame.pivot(index="head", columns="layer", values=column)
+    heads = range(int(frame["head"].max()) + 1)
+    layers = range(int(frame["layer"].min()), int(frame["layer"].max()) + 1)
+    grid = grid.reindex(index=heads, columns=layers)
+    x = np.arange(layers.start, layers.stop + 1) - 0.5
+    y = np.arange(len(heads) + 1) - 0.5
+    axes.set_ylim(len(heads) - 0.5, -0.5)
+    return heat(axes, x, y, grid.to_numpy(float), norm, colours, many)
 
 
 def what_where(frames: Frames, *, narrow: bool = False, title: str = "") -> Figure:

@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 from matplotlib.style import context
 from matplotlib.ticker import MaxNLocator
 
-from whatwhere.analysis.plots.axes import length_axis
-from whatwhere.analysis.plots.palette import Style, styles
 from whatwhere.analysis.plots.panels import Frames, Panels, by_model, head_line, panels
-from whatwhere.analysis.plots.style import GREY, RC, shorten
+from whatwhere.figures.axes import length_axis
+from whatwhere.figures.palette import Style, styles
+from whatwhere.figures.style import GREY, RC, shorten
 
 TrainLength = int | Mapping[str, int | None] | None
 """Tokens that all models were trained at, or each by its label."""

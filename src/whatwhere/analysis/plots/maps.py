@@ -13,7 +13,6 @@ from matplotlib.lines import Line2D
 from matplotlib.style import context
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from whatwhere.analysis.plots.axes import length_axis
 from whatwhere.analysis.plots.lines import TrainLength
 from whatwhere.analysis.plots.panels import (
     MOST_CELLS,
@@ -29,7 +28,8 @@ from whatwhere.analysis.plots.panels import (
     panels,
     shared_norm,
 )
-from whatwhere.analysis.plots.style import RC
+from whatwhere.figures.axes import length_axis
+from whatwhere.figures.style import RC
 
 MARKS: dict[str, dict[str, Any]] = {
     "trained": {"color": "#d55e00", "linewidth": 1.6, "linestyle": (0, (4, 2))},

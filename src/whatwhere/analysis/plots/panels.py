@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from whatwhere.analysis.plots.palette import title as title_of
-from whatwhere.analysis.plots.style import DPI, GREY, shorten
+from whatwhere.figures.palette import title as title_of
+from whatwhere.figures.style import DPI, GREY, shorten
 
 Frames = pd.DataFrame | Mapping[str, pd.DataFrame]
 """Measurements of one model; of several by their labels, or apart by a column `model`."""

@@ -11,7 +11,7 @@ from matplotlib.style import context
 from matplotlib.ticker import MaxNLocator
 
 from whatwhere.analysis.plots.panels import head_line, panels
-from whatwhere.analysis.plots.style import GREY, INK, RC
+from whatwhere.figures.style import GREY, INK, RC
 
 KINDS = {"query": ("queries", "#0072b2", "o"), "key": ("keys", "#d55e00", "^")}
 STAGES = {"before": "before the encoding", "after": "after it"}
@@ -72,24 +72,27 @@ def points(
             axes.set_xlabel("1st component")
         if place.left(index):
             axes.set_ylabel("2nd component")
-    handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label)
-        for label, colour, marker in KINDS.values()
-    ]
-    if (rows["position"] == 0).any():
-        handles.append(
-            Line2D(
-                [], [], color=GREY, marker="*", linestyle="", markersize=11, label="first token"
-            )
-        )
-    if (rows["side"] == "origin").any():
-        handles.append(
-            Line2D([], [], color=INK, marker="+", linestyle="", markersize=9, label="origin",
-                   markeredgewidth=1.6, markeredgecolor=INK)
-        )  # fmt: skip
+    handles = _handles(rows)
     columns = 2 if narrow else len(handles)
     place.figure.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=9)
     return place.figure
+
+
+def _handles(rows: pd.DataFrame) -> list[Line2D]:
+    marks = [(label, colour, marker, 6) for label, colour, marker in KINDS.values()]
+    if (rows["position"] == 0).any():
+        marks.append(("first token", GREY, "*", 11))
+    if (rows["side"] == "origin").any():
+        marks.append(("origin", INK, "+", 9))
+    # A cross has no face: its edge is what is seen.
+    edge: dict[str, dict[str, Any]] = {"+": {"markeredgewidth": 1.6, "markeredgecolor": INK}}
+    return [
+        Line2D(
+            [], [], color=colour, marker=marker, linestyle="", markersize=size, label=label,
+            **edge.get(marker, {}),
+        )
+        for label, colour, marker, size in marks
+    ]  # fmt: skip
 
 
 def _few(lengths: list[int]) -> list[int]:

@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
-from whatwhere.analysis.plots.axes import length_axis
-from whatwhere.analysis.plots.palette import KNOWN, SPARE, Style, title
-from whatwhere.analysis.plots.style import GREY, RC
+from whatwhere.figures.axes import length_axis
+from whatwhere.figures.palette import KNOWN, SPARE, Style, title
+from whatwhere.figures.style import GREY, RC
 from whatwhere.lab.bench.results import Row
 from whatwhere.lab.report.canvas import End, canvas, end_labels, save
 

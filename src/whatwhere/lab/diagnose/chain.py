@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from whatwhere.analysis.plots.palette import title
+from whatwhere.figures.palette import title
 from whatwhere.lab.diagnose.measured import Measured
 from whatwhere.lab.diagnose.words import Change, Finding, change, missing, no_span
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from whatwhere.analysis import plots
-from whatwhere.analysis.plots.palette import title
+from whatwhere.figures.palette import title
 from whatwhere.lab.console import counting
 from whatwhere.lab.diagnose.chain import SINK_THERE
 from whatwhere.lab.diagnose.measured import Measured

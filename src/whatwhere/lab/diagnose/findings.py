@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from whatwhere.analysis.plots.palette import title
+from whatwhere.figures.palette import title
 from whatwhere.lab.diagnose.chain import chain, links
 from whatwhere.lab.diagnose.measured import Measured
 from whatwhere.lab.diagnose.words import Finding, head_words, missing, no_span, number

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from whatwhere.analysis.plots.palette import Style, styles, title
+from whatwhere.figures.palette import Style, styles, title
 from whatwhere.lab.diagnose import drawings, record
 from whatwhere.lab.diagnose.findings import findings, headline
 from whatwhere.lab.diagnose.measured import Measured

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 from matplotlib.ticker import EngFormatter
 
-from whatwhere.analysis.plots.palette import Style, styles
-from whatwhere.analysis.plots.style import RC
+from whatwhere.figures.palette import Style, styles
+from whatwhere.figures.style import RC
 from whatwhere.lab.report.canvas import (
     SETTLED,
     End,

@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from whatwhere.analysis.plots.palette import Style
-from whatwhere.analysis.plots.style import DPI, GREY, png, shorten, svg
+from whatwhere.figures.palette import Style
+from whatwhere.figures.style import DPI, GREY, png, shorten, svg
 from whatwhere.lab.storage import disk_errors, write_text
 
 LONGEST_NAME = 32

@@ -17,14 +17,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
-from whatwhere.analysis.plots.axes import (
+from whatwhere.figures.axes import (
     decimal_axis,
     length_axis,
     mark_training_length,
     percent_axis,
 )
-from whatwhere.analysis.plots.palette import Style, styles
-from whatwhere.analysis.plots.style import RC, shorten
+from whatwhere.figures.palette import Style, styles
+from whatwhere.figures.style import RC, shorten
 from whatwhere.lab.report.canvas import (
     LONGEST_NAME,
     SETTLED,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from whatwhere.analysis.plots.palette import title
+from whatwhere.figures.palette import title
 from whatwhere.lab.recipes.schema import PaperFigure
 
 MOST_NAMED = 4

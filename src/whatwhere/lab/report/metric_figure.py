@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
-from whatwhere.analysis.plots.palette import Style, styles
-from whatwhere.analysis.plots.style import RC, shorten
+from whatwhere.figures.palette import Style, styles
+from whatwhere.figures.style import RC, shorten
 from whatwhere.lab.report.canvas import LONGEST_NAME, canvas
 from whatwhere.lab.report.figures import PAPER
 

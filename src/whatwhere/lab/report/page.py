@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from whatwhere.analysis.plots.palette import Style, styles, title
+from whatwhere.figures.palette import Style, styles, title
 from whatwhere.lab.data import IndirectIndexingData
 from whatwhere.lab.recipes.schema import Recipe
 from whatwhere.lab.report import figures

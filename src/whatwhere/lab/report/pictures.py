@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from whatwhere.analysis.plots.style import svg
+from whatwhere.figures.style import svg
 from whatwhere.lab.report.canvas import save
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from whatwhere.analysis.plots.palette import Style, title
+from whatwhere.figures.palette import Style, title
 from whatwhere.lab.recipes.schema import EncodingChoice, PaperFigure, Recipe
 from whatwhere.lab.report.findings import changes, percent, statistics
 from whatwhere.lab.report.records import Comparison, RunRecord

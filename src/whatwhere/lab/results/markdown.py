@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from whatwhere.analysis.plots.palette import title
+from whatwhere.figures.palette import title
 from whatwhere.lab import recipes, storage
 from whatwhere.lab.recipes.schema import Recipe
 from whatwhere.lab.report.findings import statistics

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from whatwhere.analysis.plots.palette import title
+from whatwhere.figures.palette import title
 from whatwhere.lab import recipes
 
 FIXED = ("date", "commit", "device", "torch")

@@ -14,7 +14,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from whatwhere.analysis.plots.style import GREY
+from whatwhere.figures.style import GREY
 
 
 def length_axis(axes: Any, lengths: Sequence[int], train_length: int | None) -> None:
