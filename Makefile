@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SHARE = -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-oldest quick-test check check-kernels format bench docs figure clean
+.PHONY: demo test test-oldest quick-test check check-kernels format bench docs notebook figure clean
 
 demo: $(VENV)/.lab
 	$(BIN)/whatwhere compare text --preset quick --output runs/demo
@@ -52,6 +52,11 @@ bench: $(VENV)/.dev
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "The site: site/index.html"
+
+# The notebook's cells anew, on the demo's models.
+notebook: demo $(VENV)/.docs
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/python -m nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False docs/diagnose_notebook.ipynb
 
 # The demo's figure, as README and docs show it.
 figure: demo

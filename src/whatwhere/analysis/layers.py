@@ -47,7 +47,7 @@ class AttentionLayer:
     """
 
     index: int
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     own: bool
     heads: int = 0
     key_heads: int = 0
