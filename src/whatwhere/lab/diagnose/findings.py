@@ -230,7 +230,7 @@ def cost(found: Measured) -> Finding:
         f"bytes, cache {number(float(row['cache_bytes_per_token']))} bytes a token"
     )
     counted = float(row["overhead_measured"])
-    if counted == 0:
+    if abs(counted) < 0.0005:  # 0.0 % as it would be written
         text += ", as many operations as with RoPE"
     elif math.isfinite(counted):
         text += (
