@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from convert_cases import ENCODINGS, FAMILIES, HEAD_DIM, HEADS, LENGTH, NAMED, converted, stock
 from torch import nn
 from transformers import AttentionInterface
 
 import closed_form
 import whatwhere.models as wm
+from convert_cases import ENCODINGS, FAMILIES, HEAD_DIM, HEADS, LENGTH, NAMED, converted, stock
 
 IDS = torch.randint(3, 50, (2, 13), generator=torch.Generator().manual_seed(0))
 

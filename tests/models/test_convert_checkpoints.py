@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from convert_cases import ENCODINGS, FAMILIES, SHAPE, converted, stock
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -33,6 +32,7 @@ from transformers import (
 from transformers.utils import PushToHubMixin
 
 import whatwhere.models as wm
+from convert_cases import ENCODINGS, FAMILIES, SHAPE, converted, stock
 
 IDS = torch.arange(3, 15)[None]
 LOST = "model.layers.1.self_attn.position_encoding.delta"

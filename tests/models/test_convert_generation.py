@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from convert_cases import ENCODINGS, NAMED, converted, stock
 from transformers import DynamicCache, StaticCache
 
 import whatwhere.models as wm
+from convert_cases import ENCODINGS, NAMED, converted, stock
 
 NEW = 9
 FORMS = ["raw", "encoded"]

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from convert_cases import NAMED, stock
 
 import whatwhere as ww
 import whatwhere.models as wm
+from convert_cases import NAMED, stock
 from whatwhere.models.conversion import forward, starts
 from whatwhere.models.conversion.structure import find_parts
 from whatwhere.models.initialise import SHARPNESS

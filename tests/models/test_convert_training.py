@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from convert_cases import NAMED, converted, stock
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import whatwhere.models as wm
+from convert_cases import NAMED, converted, stock
 
 IDS = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(2))
 LEFT = torch.ones_like(IDS)
