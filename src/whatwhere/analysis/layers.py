@@ -53,7 +53,7 @@ class AttentionLayer:
     key_heads: int = 0
     head_dim: int = 0
     feature: Literal["identity", "rotate", "polar", "unknown"] = "identity"
-    frequencies: tuple[float, ...] = ()
+    frequencies: tuple[float, ...] = field(default=(), repr=False)
     pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     window: int | None = None
 
