@@ -82,6 +82,28 @@ def test_every_figure_has_its_files_and_its_numbers(whole: Path) -> None:
     assert not [path for path in whole.rglob("*") if path.name.endswith(".partial")]
 
 
+def test_losses_of_all_lengths_are_over_the_same_tokens(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[torch.Tensor] = []
+    measure = parts.length_loss
+
+    def look(model: Any, windows: torch.Tensor) -> Any:
+        shown.append(windows)
+        return measure(model, windows)
+
+    monkeypatch.setattr(parts, "length_loss", look)
+    given = Settings(str(place / "one"), (str(place / "text.txt"),), (48, 16, 24), place / "no")
+    (one,) = subjects.find(given)
+    work = parts.Work(one, given, subjects.read(one, given), 16, torch.device("cpu"))
+    table = parts.loss(work)[0]["loss_by_length"]
+    assert table["length"].tolist() == [16, 24, 48]
+    texts = shown[-1]
+    assert len(texts) > 1
+    for windows, length in zip(shown, (16, 24, 48), strict=True):
+        assert windows.shape[1] == length and torch.equal(windows.reshape(texts.shape), texts)
+
+
 def test_page_needs_nothing_but_itself(whole: Path) -> None:
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'; img-src data:" in page

@@ -209,7 +209,7 @@ def _loss(models: Sequence[Measured]) -> list[Drawing]:
         Drawing(
             "loss",
             "loss_by_length",
-            "Loss in windows of each length, over about as many tokens as were traced; lengths "
+            "Loss in windows of each length, cut from the very texts that were traced; lengths "
             "are on a log2 axis.",
             {"loss_by_length": table},
             lambda narrow: draw_loss_by_length(results, trained, models[0].unit, None, narrow),

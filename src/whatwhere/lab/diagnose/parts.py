@@ -103,13 +103,17 @@ def trace(work: Work) -> Result:
 
 
 def loss(work: Work) -> Result:
-    """Loss at each length over about the tokens that the trace reads."""
-    model, settings = work.model, work.settings
-    total = count(work.tokens, settings) * work.lengths[-1]
-    rows = []
+    """Loss at each length over the very texts that the trace reads, cut into windows of it.
+
+    What differs between lengths is then how much a token has before it, not which tokens there
+    are; a text that is no multiple of a length loses its first ones there.
+    """
+    model, rows = work.model, []
+    texts = spaced_windows(work.tokens, work.lengths[-1], count(work.tokens, work.settings))
     with counting(f"{work.subject.label}: loss", len(work.lengths)) as counter:
         for length in work.lengths:
-            windows = spaced_windows(work.tokens, length, max(1, total // length))
+            each = texts.shape[1] // length
+            windows = texts[:, -each * length :].reshape(-1, length)
             found = length_loss(model, windows)
             rows.append((length, found.windows, found.windows * (length - 1), found.loss))
             counter.advance(f"{length:,} tokens: {found.loss:.4f}")
