@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from triton_interpreter import patch_once_for_each_kernel
 
 # Without a GPU, Triton's kernels are tested in its interpreter. It reads this when they are made.

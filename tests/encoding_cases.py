@@ -152,7 +152,8 @@ def pairs(
         pytest.param(case, backend, id=f"{case}-{backend}")
         for case in cases
         for backend in BACKENDS
-        if backend not in but and not left_out(case, backend)
+        if backend not in but
+        and not left_out(case, backend)
         and all(refusal(case, backend, kind, gradient, dtype) is None for kind in kinds)
     ]
     return pytest.mark.parametrize("case, backend", found)

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
-from torch.utils import tensorboard
+from torch.utils import tensorboard  # noqa: F401 - or each fork imports it for itself
 
 from whatwhere import cli
 from whatwhere.lab import loop, runs
