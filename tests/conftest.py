@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from triton_interpreter import patch_once_for_each_kernel
+
 # Without a GPU, Triton's kernels are tested in its interpreter. It reads this when they are made.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        patch_once_for_each_kernel()
 
 # Nothing is downloaded in tests; the hub's clients read this when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"

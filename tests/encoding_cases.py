@@ -145,6 +145,7 @@ def pairs(
     dtype: torch.dtype = torch.float64,
     cases: Iterable[str] = tuple(CASES),
     but: tuple[str, ...] = (),
+    left_out: Callable[[str, str], bool] = lambda case, backend: False,
 ) -> pytest.MarkDecorator:
     """Parametrise by cases (every one) and each backend that does these kinds of call for it."""
     found = [
@@ -152,6 +153,7 @@ def pairs(
         for case in cases
         for backend in BACKENDS
         if backend not in but
+        and not left_out(case, backend)
         and all(refusal(case, backend, kind, gradient, dtype) is None for kind in kinds)
     ]
     return pytest.mark.parametrize("case, backend", found)

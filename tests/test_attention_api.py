@@ -78,11 +78,13 @@ def test_auto_takes_every_call_and_does_what_explain_says(
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
     # What it says of the others is what they do.
     assert told.backend not in told.refused
+    turn = SCORES.index(case) + [*KINDS].index(kind) + gradient
     for name in ww.BACKENDS:
         if name in told.refused:
             with pytest.raises(ww.UnsupportedError):
                 ww.attention(**call, backend=name)
-        else:
+        # What is interpreted is slow: it meets any two of the three parameters, not all three.
+        elif name not in ("triton", "widened") or turn % 2:
             ww.attention(**call, backend=name)
 
 

@@ -330,14 +330,15 @@ def test_positions_that_are_given_are_as_exact_as_those_in_order() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_65536_keys_within_a_gigabyte() -> None:
-    """Above the inputs, in a process of its own; a T x S matrix would be 16 GiB."""
+def test_65536_keys_without_a_matrix_of_scores_or_of_masks() -> None:
+    """Above the inputs, in a process of its own; of T x S even bytes would be 512 MiB."""
     code = (
         "import torch, whatwhere as ww, pathlib\n"
         "status = pathlib.Path('/proc/self/status')\n"
         "peak = lambda: int(status.read_text().split('VmHWM:')[1].split()[0])\n"
         "torch.set_num_threads(1)\n"
-        "q, k, v = (torch.randn(1, 1, 65536, 64) for _ in range(3))\n"
+        "k, v = (torch.randn(1, 1, 65536, 64) for _ in range(2))\n"
+        "q = torch.randn(1, 1, 8192, 64)\n"
         "spec = ww.PoPE(64, 1)()\n"
         "w = dict(causal=True, backend='cpu')\n"
         "ww.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], spec, **w)\n"
@@ -352,5 +353,5 @@ def test_65536_keys_within_a_gigabyte() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
-    assert int(done.stdout) * 1024 < 2**30
+    assert int(done.stdout) * 1024 < 2**29
     assert math.isfinite(int(done.stdout))

@@ -1,4 +1,4 @@
-"""What each process of `test_scale` does: the jobs of a file, one after the other."""
+"""The processes of `test_scale`, and what they do: the stages of a file, one after the other."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tiny import recipe
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
+from torch.utils import tensorboard  # noqa: F401 - or each fork imports it for itself
 
+from whatwhere import cli
 from whatwhere.lab import loop, runs
 from whatwhere.lab.data import Task, make_task
 from whatwhere.lab.process import is_main_process, main_process_first
@@ -23,7 +28,10 @@ from whatwhere.lab.train import train
 from whatwhere.models import WhatWhereConfig, WhatWhereForCausalLM
 from whatwhere.models.context_parallel import ContextShard
 
-RANK = int(os.environ.get("RANK", "0"))
+
+def rank() -> int:
+    """Processes are forks of one that has none."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def start(text: str, job: dict[str, Any]) -> tuple[Run, Task]:
@@ -55,8 +63,16 @@ def train_job(text: str, job: dict[str, Any]) -> None:
             raise ZeroDivisionError
 
         at_step(task, job["stop"], stop)
-    if job.get("kill") == RANK:
-        at_step(task, 7, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if job.get("kill") == rank():
+
+        def die() -> None:
+            (run.folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        at_step(task, 7, die)
+    if job.get("begun"):
+        assert not run.done.exists()
+        assert list(run.checkpoints.iterdir())
     try:
         train(run, task)
     except ZeroDivisionError:
@@ -83,7 +99,7 @@ def record_shards() -> None:
             "gradients": local([w.grad for w in weights]),
             "deltas": [str(type(e.delta).__name__) for e in self.encodings],
         }
-        (self.place.folder / f"shards-{RANK}.json").write_text(json.dumps(found))
+        (self.place.folder / f"shards-{rank()}.json").write_text(json.dumps(found))
         real(self)
 
     loop._Training._finish = finish  # type: ignore[method-assign]
@@ -146,14 +162,51 @@ def compare_contexts(
         )
 
 
-KINDS = {"train": train_job, "context": context_job}
+def command_job(text: str, job: dict[str, Any]) -> None:
+    sys.exit(cli.main(job["arguments"]))
 
-if __name__ == "__main__":
-    content = json.loads(Path(sys.argv[1]).read_text())
+
+KINDS = {"train": train_job, "context": context_job, "command": command_job}
+
+
+def work(text: str, jobs: list[dict[str, Any]]) -> None:
+    """What one process does in a stage."""
+    torch.set_num_threads(1)
     record_shards()
     with main_process_first():
         pass
-    for each in content["jobs"]:
-        KINDS[each["kind"]](content["text"], each)
+    for each in jobs:
+        KINDS[each["kind"]](text, each)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def launch(name: str, count: int, text: str, jobs: list[dict[str, Any]], logs: Path) -> str:
+    """Have `count` processes do jobs, as torchrun would; how it failed, or nothing.
+
+    They are forks of this process, which has imported everything: that takes longer than the
+    jobs.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+        logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
+    )
+    try:
+        elastic_launch(config, record(work))(text, jobs)
+    except ChildFailedError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    for name, (count, jobs) in json.loads((place / "stages.json").read_text()).items():
+        failure = launch(name, count, str(place / "text"), jobs, place / "logs" / name)
+        (place / "logs" / name / "failure").write_text(failure)

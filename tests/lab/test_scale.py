@@ -1,6 +1,7 @@
 """Several processes against one: losses, weights, shards, checkpoints, shared sequences.
 
-Processes cost seconds to start, so that one launch does many jobs, whose results the tests read.
+Processes cost seconds to start, so that one launch does many jobs, whose results the tests read,
+and all but those of the command line are forks of one (`scale_worker`).
 """
 
 from __future__ import annotations
@@ -60,20 +61,11 @@ def job(folder: Path, changes: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"kind": "train", "folder": str(folder), "changes": changed(changes), **more}
 
 
-def launch(count: int, place: Path, jobs: list[dict[str, Any]]) -> subprocess.CompletedProcess:
-    """Have `count` processes do jobs, one after the other."""
-    file = place / "jobs.json"
-    file.write_text(json.dumps({"text": str(place / "text"), "jobs": jobs}))
-    worker = Path(__file__).with_name("scale_worker.py")
-    return torchrun(count, str(worker), str(file))
-
-
-def torchrun(count: int, *command: str) -> subprocess.CompletedProcess:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def python(*command: str) -> subprocess.CompletedProcess:
     paths = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(
-        [*run, f"--nproc-per-node={count}", *command],
+        [sys.executable, *command],
         env=environment,
         capture_output=True,
         text=True,
@@ -83,12 +75,8 @@ def torchrun(count: int, *command: str) -> subprocess.CompletedProcess:
 
 
 def succeeded(done: subprocess.CompletedProcess) -> None:
-    assert done.returncode == 0, tail(done)
-
-
-def tail(done: subprocess.CompletedProcess) -> str:
     # What the launcher says at the end hides what went wrong.
-    return done.stderr[done.stderr.find("Traceback") :][:6000]
+    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:6000]
 
 
 class Runs:
@@ -107,15 +95,26 @@ class Runs:
         rows = storage.read_log(self[name] / "log.jsonl")
         return [{key: row[key] for key in row if key != "seconds"} for row in rows]
 
+    def failure(self, stage: str) -> str:
+        """How a stage failed, or nothing."""
+        return (self.place / "logs" / stage / "failure").read_text()
+
+    def errors(self, stage: str) -> str:
+        """What the processes of a stage wrote to standard error."""
+        logs = sorted((self.place / "logs" / stage).rglob("stderr.log"))
+        return "\n".join(log.read_text() for log in logs)
+
     def shards(self, name: str, rank: int) -> dict[str, Any]:
         return storage.read_json(self[name] / f"shards-{rank}.json")
 
 
+REFUSED = ["--encodings", "pope", "rope", "yarn", "--training.batch-size", "3", "--output"]
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All that is trained here by several processes; at the end of the first launch one dies."""
+    """All that is trained here by several processes; at the end of the first stage one dies."""
     place = tmp_path_factory.mktemp("scale")
-    text(place)
     fsdp, ddp = TRAINED["fsdp"], TRAINED["ddp"]
     stopped = {"fsdp-2-to-4": fsdp, "ddp-2-to-4": ddp, "fsdp-2-to-1": fsdp, "ddp-2-to-1": ddp}
     two = [{"kind": "context"}]
@@ -123,17 +122,27 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     two += [job(place / "whole", KILLED)]
     two += [job(place / name, packed(place, TRAINED[name[7:]])) for name in PACKED]
     two += [job(place / name, changes, stop=7) for name, changes in stopped.items()]
-    killed = launch(2, place, [*two, job(place / "killed", KILLED, kill=1)])
-    assert "SIGKILL" in killed.stderr, tail(killed)
-    assert not (Runs(place)["killed"] / "done.json").exists()
+    two += [job(place / "killed", KILLED, kill=1)]
 
     four = [job(place / "fsdp-2-to-4", fsdp), job(place / "ddp-2-to-4", ddp)]
     four += [job(place / "fsdp-4-to-2", fsdp, stop=7), job(place / "ddp-4-to-2", ddp, stop=7)]
     four += [job(place / "two-by-two", TRAINED["context-fsdp"])]
-    succeeded(launch(4, place, four))
 
     again = [job(place / "fsdp-4-to-2", fsdp), job(place / "ddp-4-to-2", ddp)]
-    succeeded(launch(2, place, [*again, job(place / "killed", KILLED)]))
+    again += [job(place / "killed", KILLED, begun=True)]
+
+    (place / "tiny.yaml").write_text(to_yaml(recipe(text(place))))
+    refused = ["compare", str(place / "tiny.yaml"), *REFUSED, str(place / "refused")]
+    wrong = [{"kind": "command", "arguments": refused}]
+
+    stages = {"two": (2, two), "four": (4, four), "again": (2, again), "wrong": (2, wrong)}
+    (place / "stages.json").write_text(json.dumps(stages))
+    done = Runs(place)
+    succeeded(python(str(Path(__file__).with_name("scale_worker.py")), str(place)))
+    # Which of the two failed first is a matter of chance.
+    assert done.failure("two") and (done["killed"] / "killed").exists(), done.failure("two")
+    for name in ("four", "again"):
+        assert not done.failure(name), done.failure(name)
 
     alone = {
         "one": {},
@@ -143,7 +152,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
     for name, changes in alone.items():
         train(*start(str(place / "text"), job(place / name, changes)))
-    return Runs(place)
+    return done
 
 
 SAME = [
@@ -229,8 +238,9 @@ def test_compare_runs_under_torchrun(tmp_path: Path) -> None:
     made = recipe(text(tmp_path), training={"parallel": "fsdp"})
     (tmp_path / "tiny.yaml").write_text(to_yaml(made))
     command = ["-m", "whatwhere.cli", "compare", str(tmp_path / "tiny.yaml")]
-    command += ["--encodings", "pope", "rope", "yarn", "--output"]
-    done = torchrun(2, *command, str(tmp_path / "runs"))
+    command += ["--encodings", "pope", "rope", "yarn", "--output", str(tmp_path / "runs")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = python(*launcher, *command)
     succeeded(done)
     assert done.stdout.count("report: ") == 1
     assert done.stdout.count("pope-seed0  step 12/12") == 1
@@ -239,11 +249,15 @@ def test_compare_runs_under_torchrun(tmp_path: Path) -> None:
         (tmp_path / "runs" / f"{label}-seed0" / "results.csv").exists()
         for label in ("pope", "rope", "yarn")
     )
-    failed = torchrun(2, *command, str(tmp_path / "new"), "--training.batch-size", "3")
-    assert failed.returncode != 0
-    lines = [line for line in failed.stderr.splitlines() if line.startswith("whatwhere: ")]
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_processes_is_one_line(done: Runs) -> None:
+    assert done.failure("wrong")
+    said = done.errors("wrong").splitlines()
+    lines = [line for line in said if line.startswith("whatwhere: ")]
     assert len(lines) == 1 and "batch_size=3" in lines[0]
-    assert not (tmp_path / "new").exists()
+    assert not (done.place / "refused").exists()
 
 
 # --- mistakes -----------------------------------------------------------------------------------

@@ -115,11 +115,11 @@ def test_trainer(family, tmp_path):
     before = copy.deepcopy(model.state_dict())
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
-        max_steps=30,
+        max_steps=20,
         per_device_train_batch_size=16,
         learning_rate=1e-2,
-        logging_steps=10,
-        save_steps=30,
+        logging_steps=5,
+        save_steps=20,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -131,7 +131,7 @@ def test_trainer(family, tmp_path):
     deltas = [name for name in before if name.endswith("delta")]
     assert deltas
     assert not any(torch.equal(model.state_dict()[name], before[name]) for name in deltas)
-    loaded = type(model).from_pretrained(tmp_path / "checkpoint-30")
+    loaded = type(model).from_pretrained(tmp_path / "checkpoint-20")
     assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
 
 
