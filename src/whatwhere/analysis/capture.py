@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from whatwhere.analysis.layers import (
     INTERFACE,
@@ -84,6 +85,9 @@ class _Observer:
         self.layers = {id(layer.module): layer for layer in layers}
         self.current: AttentionLayer | None = None
         self.turns: list[Turn] = []
+        # What keys were before their rotation, for layers that attend to those of another one;
+        # known as long as the model itself keeps the keys.
+        self.keys_before = WeakIdKeyDictionary()
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.current, self.turns = self.layers[id(module)], []
@@ -128,7 +132,7 @@ class _Observer:
         mask: Any = None,
         **kwargs: Any,
     ) -> Seen:
-        before = _inputs(self.turns, query, key)
+        before = self._inputs(query, key)
         layer.window = kwargs.get("sliding_window")
         call = kwargs.get(CALL)
         if call is not None:  # a converted model
@@ -157,6 +161,18 @@ class _Observer:
             causal=causal,
             window=layer.window,
         )
+
+    def _inputs(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys before their rotation, as wide as after it."""
+        each = [zip(turn.inputs, turn.outputs, strict=True) for turn in self.turns]
+        given = [pair for turn in each for pair in turn]
+        if not given:
+            return query, key
+        q_before = _widened(*given[0], query)
+        if len(given) < 2:
+            return q_before, self.keys_before.get(key, key)
+        k_before = self.keys_before[key] = _widened(*given[1], key)
+        return q_before, k_before
 
     def _hand_over(self, seen: Seen) -> None:
         for name in ("queries", "keys"):
@@ -299,15 +315,6 @@ def _encoded(
 def _measure(layer: AttentionLayer, query: Tensor, key: Tensor) -> None:
     layer.heads, layer.key_heads = query.shape[1], key.shape[1]
     layer.head_dim = query.shape[-1]
-
-
-def _inputs(turns: list[Turn], query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys before their rotation, as wide as after it."""
-    given = [pair for turn in turns for pair in zip(turn.inputs, turn.outputs, strict=True)]
-    if len(given) < 2:
-        return query, key
-    (q, q_out), (k, k_out) = given[:2]
-    return _widened(q, q_out, query), _widened(k, k_out, key)
 
 
 def _offset(out: Tensor, whole: Tensor) -> int | None:
