@@ -87,7 +87,7 @@ class _Observer:
         self.turns: list[Turn] = []
         # What keys were before their rotation, for layers that attend to those of another one;
         # known as long as the model itself keeps the keys.
-        self.keys_before = WeakIdKeyDictionary()
+        self.keys_before: Any = WeakIdKeyDictionary()
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.current, self.turns = self.layers[id(module)], []
