@@ -7,6 +7,7 @@ on and call what was there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from whatwhere.spec import ScoreSpec
 
 ROTATIONS = "apply_rotary"
 """How the names of transformers' rotations begin."""
+
+# Names of a file that two threads swap would not be put back in the order that they were taken.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +88,7 @@ class _Observer:
         self.model, self.observe = model, observe
         self.layers = {id(layer.module): layer for layer in layers}
         self.current: AttentionLayer | None = None
+        self.thread = 0
         self.turns: list[Turn] = []
         # What keys were before their rotation, for layers that attend to those of another one;
         # known as long as the model itself keeps the keys.
@@ -91,6 +96,7 @@ class _Observer:
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.current, self.turns = self.layers[id(module)], []
+        self.thread = threading.get_ident()
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self._check(hidden, "is given")
 
@@ -100,7 +106,8 @@ class _Observer:
     def turning(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def looked_on(*args: Any, **kwargs: Any) -> Any:
             out = function(*args, **kwargs)
-            if self.current is not None:
+            # Another model of the family may run in another thread meanwhile.
+            if self.current is not None and self.thread == threading.get_ident():
                 self.turns.append(record(function, args, kwargs, out))
             return out
 
@@ -197,7 +204,7 @@ def observed(model: nn.Module, observe: Callable[[Seen], None]) -> Iterator[list
 
     While the context lasts, forward passes of ``model`` give `Seen` to ``observe`` layer by layer,
     and the very outputs that they give without it. Afterwards, whatever happened, the model and
-    transformers are as they were.
+    transformers are as they were. Of several threads one observes at a time, the others wait.
 
     Args:
         model: Of `whatwhere.models`, converted, or any of transformers whose attention modules
@@ -214,6 +221,7 @@ def observed(model: nn.Module, observe: Callable[[Seen], None]) -> Iterator[list
     layers = find_layers(model)
     observer = _Observer(model, layers, observe)
     with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         for layer in layers:
             if layer.own:
                 stack.enter_context(_attribute(layer.module, "observer", observer.own))
