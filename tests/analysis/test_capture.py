@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers.models.llama import modeling_llama
 
 import whatwhere as ww
 from convert_cases import converted
-from whatwhere.analysis import NoAttentionError, NotFiniteError, attention_weights, observed
+from whatwhere.analysis import NoAttentionError, NotFiniteError, attention_weights, observed, trace
 from whatwhere.analysis.capture import Seen
 
 
@@ -196,6 +198,28 @@ def test_other_models_of_the_family_are_not_observed() -> None:
     with observed(model, found.append):
         logits(other, ids)
     assert not found
+
+
+def test_threads_do_not_see_one_another() -> None:
+    ids, models = tokens(length=128), [unconverted("llama", "sdpa") for _ in range(3)]
+    names: dict[str, Any] = vars(modeling_llama)
+    before = (names["ALL_ATTENTION_FUNCTIONS"], names["apply_rotary_pos_emb"])
+    expected, over = trace(models[0], ids).clusters(), threading.Event()
+
+    def run_on() -> None:
+        while not over.is_set():
+            logits(models[2], ids)
+
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(run_on)
+        try:
+            found = [pool.submit(trace, model, ids) for model in models[:2] * 4]
+            tables = [one.result().clusters() for one in found]
+        finally:
+            over.set()
+        other.result()
+    assert all(table.equals(expected) for table in tables)
+    assert before == (names["ALL_ATTENTION_FUNCTIONS"], names["apply_rotary_pos_emb"])
 
 
 @pytest.mark.parametrize("place", ["self_attn.k_proj", "mlp.up_proj"])

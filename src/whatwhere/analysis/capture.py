@@ -7,6 +7,7 @@ on and call what was there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from whatwhere.analysis.layers import (
     INTERFACE,
@@ -31,6 +33,9 @@ from whatwhere.spec import ScoreSpec
 
 ROTATIONS = "apply_rotary"
 """How the names of transformers' rotations begin."""
+
+# Names of a file that two threads swap would not be put back in the order that they were taken.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +88,15 @@ class _Observer:
         self.model, self.observe = model, observe
         self.layers = {id(layer.module): layer for layer in layers}
         self.current: AttentionLayer | None = None
+        self.thread = 0
         self.turns: list[Turn] = []
+        # What keys were before their rotation, for layers that attend to those of another one;
+        # known as long as the model itself keeps the keys.
+        self.keys_before: Any = WeakIdKeyDictionary()
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.current, self.turns = self.layers[id(module)], []
+        self.thread = threading.get_ident()
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self._check(hidden, "is given")
 
@@ -96,7 +106,8 @@ class _Observer:
     def turning(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def looked_on(*args: Any, **kwargs: Any) -> Any:
             out = function(*args, **kwargs)
-            if self.current is not None:
+            # Another model of the family may run in another thread meanwhile.
+            if self.current is not None and self.thread == threading.get_ident():
                 self.turns.append(record(function, args, kwargs, out))
             return out
 
@@ -128,7 +139,7 @@ class _Observer:
         mask: Any = None,
         **kwargs: Any,
     ) -> Seen:
-        before = _inputs(self.turns, query, key)
+        before = self._inputs(query, key)
         layer.window = kwargs.get("sliding_window")
         call = kwargs.get(CALL)
         if call is not None:  # a converted model
@@ -158,6 +169,18 @@ class _Observer:
             window=layer.window,
         )
 
+    def _inputs(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys before their rotation, as wide as after it."""
+        each = [zip(turn.inputs, turn.outputs, strict=True) for turn in self.turns]
+        given = [pair for turn in each for pair in turn]
+        if not given:
+            return query, key
+        q_before = _widened(*given[0], query)
+        if len(given) < 2:
+            return q_before, self.keys_before.get(key, key)
+        k_before = self.keys_before[key] = _widened(*given[1], key)
+        return q_before, k_before
+
     def _hand_over(self, seen: Seen) -> None:
         for name in ("queries", "keys"):
             self._check(getattr(seen, name), f"computes {name} of", seen.layer)
@@ -181,7 +204,7 @@ def observed(model: nn.Module, observe: Callable[[Seen], None]) -> Iterator[list
 
     While the context lasts, forward passes of ``model`` give `Seen` to ``observe`` layer by layer,
     and the very outputs that they give without it. Afterwards, whatever happened, the model and
-    transformers are as they were.
+    transformers are as they were. Of several threads one observes at a time, the others wait.
 
     Args:
         model: Of `whatwhere.models`, converted, or any of transformers whose attention modules
@@ -198,6 +221,7 @@ def observed(model: nn.Module, observe: Callable[[Seen], None]) -> Iterator[list
     layers = find_layers(model)
     observer = _Observer(model, layers, observe)
     with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         for layer in layers:
             if layer.own:
                 stack.enter_context(_attribute(layer.module, "observer", observer.own))
@@ -299,15 +323,6 @@ def _encoded(
 def _measure(layer: AttentionLayer, query: Tensor, key: Tensor) -> None:
     layer.heads, layer.key_heads = query.shape[1], key.shape[1]
     layer.head_dim = query.shape[-1]
-
-
-def _inputs(turns: list[Turn], query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys before their rotation, as wide as after it."""
-    given = [pair for turn in turns for pair in zip(turn.inputs, turn.outputs, strict=True)]
-    if len(given) < 2:
-        return query, key
-    (q, q_out), (k, k_out) = given[:2]
-    return _widened(q, q_out, query), _widened(k, k_out, key)
 
 
 def _offset(out: Tensor, whole: Tensor) -> int | None:

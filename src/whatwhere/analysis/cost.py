@@ -80,7 +80,8 @@ def cost(
     matrix left out, as there.
 
     Args:
-        model: A model or a config: ours, converted, or of transformers.
+        model: A model or a config: ours, converted, or of transformers; of one with other parts
+            (images, sound) its text decoder.
         lengths: ``T``, in tokens.
         encoding: Cost after `whatwhere.models.convert` to this encoding, for a model of
             transformers; ``None`` is the model as it is.
@@ -108,6 +109,7 @@ def cost(
         raise ValueError(
             f"model is a {type(model).__name__}: expected a config or a model of transformers"
         )
+    config = config.get_text_config(decoder=True)
     dtype = getattr(model, "dtype", None) or getattr(config, "dtype", None) or torch.float32
     where = torch.device(device or cast(Any, getattr(model, "device", None)) or "cpu")
     own, label = _on_meta(config, encoding, where)

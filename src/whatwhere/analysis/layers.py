@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from whatwhere.encodings import Encoding, Learned
 from whatwhere.models.blocks import WhatWhereAttention
@@ -69,14 +70,16 @@ def find_layers(model: nn.Module) -> list[AttentionLayer]:
     """The attention layers of a model, in order.
 
     They are those of `WhatWhereForCausalLM`, and modules of transformers that attend through its
-    table of attention functions, converted or not.
+    table of attention functions, converted or not. Of a model of several parts (images, sound)
+    they are those of its text decoder.
 
     Raises:
         NoAttentionError: If there is none.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: expected a torch module")
-    found = [m for m in model.modules() if isinstance(m, WhatWhereAttention) or _attends(m)]
+    inside = decoder_of(model).modules()
+    found = [m for m in inside if isinstance(m, WhatWhereAttention) or _attends(m)]
     if not found:
         raise NoAttentionError(
             f"model: no attention that can be observed in {type(model).__name__}; looked for "
@@ -86,6 +89,19 @@ def find_layers(model: nn.Module) -> list[AttentionLayer]:
         AttentionLayer(index, module, isinstance(module, WhatWhereAttention))
         for index, module in enumerate(found)
     ]
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of what reads a model's tokens; ``None`` if it has none of transformers."""
+    config = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if isinstance(config, PreTrainedConfig) else config
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """What reads a model's tokens: the model, or its text decoder beside parts for images."""
+    if text_config(model) is getattr(model, "config", None):
+        return model
+    return cast(nn.Module, cast(Any, model).get_decoder())
 
 
 def code_of(module: nn.Module) -> Any:
@@ -100,26 +116,30 @@ def table_length(model: nn.Module) -> int | None:
     (GPT-2, OPT) are known by the name of that table.
     """
     tables: list[int] = [m.max_length for m in model.modules() if isinstance(m, Learned)]
-    for name, module in model.named_modules():
+    for name, module in decoder_of(model).named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
             rows = module.num_embeddings
-            tables.append(getattr(cast(Any, model).config, "max_position_embeddings", rows))
+            tables.append(getattr(text_config(model), "max_position_embeddings", rows))
     return min(tables, default=None)
 
 
 def first_broken(model: nn.Module) -> str | None:
-    """Name of the first parameter or buffer that holds NaN or infinity."""
+    """Name of the first parameter or buffer that holds NaN or infinity.
+
+    Weights that are not loaded (offloaded ones of accelerate) are not looked at.
+    """
     for tensors in (model.named_parameters(), model.named_buffers()):
         for name, tensor in tensors:
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            looked_at = tensor.is_floating_point() and not tensor.is_meta
+            if looked_at and not bool(tensor.isfinite().all()):
                 return name
     return None
 
 
 def train_length(model: nn.Module) -> int | None:
     """The length a model was trained at, as far as its config says."""
-    config: Any = getattr(model, "config", None)
+    config = text_config(model)
     scaled = getattr(config, "rope_parameters", None)
     given: Sequence[Any] = (
         getattr(config, "train_length", None),

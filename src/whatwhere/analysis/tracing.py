@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from whatwhere.analysis import content, frames, geometry, scatter, scores
 from whatwhere.analysis.capture import Seen, observed
+from whatwhere.analysis.in_distribution import check_lengths
 from whatwhere.analysis.layers import (
     AttentionLayer,
     NotFiniteError,
     first_broken,
     table_length,
+    text_config,
     train_length,
 )
 
@@ -277,7 +279,7 @@ def _checked(
             f"input_ids has shape {tuple(input_ids.shape)}: expected (B, T) with at least 2 tokens"
         )
     total = ids.shape[1]
-    chosen = tuple(sorted(set(lengths or (total,))))
+    chosen = (total,) if lengths is None else tuple(sorted(set(check_lengths(lengths))))
     if chosen[0] < 2 or chosen[-1] > total:
         raise ValueError(f"lengths={list(chosen)}: expected 2 to {total}, the tokens of a text")
     table = table_length(model)
@@ -286,13 +288,14 @@ def _checked(
             f"input_ids has {total} tokens: beyond the model's table of positions, which ends at "
             f"{table}"
         )
-    words = getattr(getattr(model, "config", None), "vocab_size", None)
+    words = getattr(text_config(model), "vocab_size", None)
     if words is not None and (int(ids.min()) < 0 or int(ids.max()) >= words):
         raise ValueError(
             f"input_ids has tokens from {int(ids.min())} to {int(ids.max())}: outside the model's "
             f"vocabulary of {words}"
         )
-    place = next((p.device for p in model.parameters()), ids.device)
+    # Offloaded weights have no device of their own: accelerate moves tokens to where it computes.
+    place = next((p.device for p in model.parameters() if not p.is_meta), ids.device)
     return ids.to(place), chosen
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import whatwhere as ww
-from whatwhere.analysis.layers import table_length
+from whatwhere.analysis.layers import table_length, text_config
 from whatwhere.lab import runs, storage
 from whatwhere.lab.data import Batch, IndirectIndexingTask, Task
 from whatwhere.lab.data.base import IGNORED
@@ -112,7 +112,7 @@ def length_loss(model: nn.Module, windows: Tensor, precision: str = "no") -> Len
     count, length = windows.shape
     device = _device(model)
     total = torch.zeros(length - 1, dtype=torch.float64, device=device)
-    for part in windows.split(rows_for(length, cast(Any, model).config.vocab_size)):
+    for part in windows.split(rows_for(length, text_config(model).vocab_size)):
         tokens = part.to(device)
         logits = _logits(model, tokens, precision)[:, :-1]
         for row, targets in zip(logits, tokens[:, 1:], strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from whatwhere.analysis.layers import decoder_of, text_config
 from whatwhere.lab.evaluate import rows_for
 
 GIB = 2**30
@@ -66,13 +67,13 @@ def estimate(model: Any, lengths: Sequence[int], batch: int, dtype: str) -> Esti
         batch: Windows of the longest length in a forward pass of the trace.
         dtype: Of the weights, ``"auto"`` for the config's.
     """
-    config = model.config
+    config = text_config(model)
     width = _width(config, dtype)
     numbers = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
     layers = max(1, getattr(config, "num_hidden_layers", 1))
     hidden = getattr(config, "hidden_size", 0)
     embedded = {id(p) for p in _embeddings(model)}
-    inner = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embedded]
+    inner = [p for p in decoder_of(model).parameters() if p.ndim == 2 and id(p) not in embedded]
     outputs = sum(max(p.shape) for p in inner) / layers
     length, words = max(lengths), getattr(config, "vocab_size", 0) or 1
     batched = max(rows_for(n, words) * n for n in lengths)
@@ -83,7 +84,7 @@ def estimate(model: Any, lengths: Sequence[int], batch: int, dtype: str) -> Esti
         activations += batch * heads * length**2 * (width + FLOAT)
     if getattr(config, "sliding_window", None):
         activations += length**2
-    head_dim = getattr(config, "head_dim", None) or max(1, hidden // max(1, heads))
+    head_dim = _head_dim(config) or max(1, hidden // max(1, heads))
     # Of a head's queries and keys, up to twice as wide after the encoding, six copies.
     statistics = 6 * DOUBLE * length * 2 * head_dim * 2 + BLOCK
     # Of the batch as they are; of one window their logarithms, and a copy if not in float32.
@@ -122,6 +123,13 @@ def _width(config: Any, dtype: str) -> int:
     if isinstance(chosen, str):
         chosen = getattr(torch, chosen, None)
     return chosen.itemsize if isinstance(chosen, torch.dtype) else FLOAT
+
+
+def _head_dim(config: Any) -> int:
+    layers = [config]
+    if getattr(config, "is_heterogeneous", False):  # each layer has its own, as in Gemma 4
+        layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+    return max(getattr(layer, "head_dim", None) or 0 for layer in layers)
 
 
 def _embeddings(model: Any) -> list[Any]:

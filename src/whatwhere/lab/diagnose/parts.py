@@ -133,8 +133,11 @@ def angles(work: Work) -> Result:
     # A config knows, too, with which frequencies its length was trained: YaRN's are others now.
     own = work.settings.train_length is None and layers.train_length(work.model) is not None
     known = None if own else work.train_length
-    table = in_distribution(work.model, work.lengths, known)
-    safe = safe_length(work.model, known)
+    try:
+        table = in_distribution(work.model, work.lengths, known)
+        safe = safe_length(work.model, known)
+    except ValueError as error:  # a config that says nothing of positions that is understood
+        return {"in_distribution": pd.DataFrame({"layer": []})}, {"missing": str(error)}
     return {"in_distribution": table}, {"safe_length": safe.length, "safe_reason": safe.reason}
 
 
@@ -142,7 +145,11 @@ def cost(work: Work) -> Result:
     """Tables, cache and operations."""
     from whatwhere.analysis.cost import cost as measure
 
-    return {"cost": measure(work.model, work.lengths)}, {}
+    try:
+        return {"cost": measure(work.model, work.lengths)}, {}
+    except (ValueError, RuntimeError) as error:  # the second, if it cannot run without numbers
+        said = str(error).splitlines()[0]
+        return {"cost": pd.DataFrame({"length": []})}, {"missing": said}
 
 
 def retrieval(work: Work) -> Result:

@@ -52,6 +52,8 @@ def check(folder: Path, settings: Settings, model: dict[str, Any]) -> bool:
     wanted = identity(settings, model)
     if found["identity"] == wanted:
         return True
+    if not (folder / PARTS).exists():  # stopped before anything was measured
+        return False
     listed = "; ".join(differences(found["identity"], wanted)[:3])
     raise ValueError(
         f"output: {folder} holds a diagnosis of another model, text or settings ({listed}): "
@@ -75,7 +77,8 @@ def identity(settings: Settings, model: dict[str, Any]) -> dict[str, Any]:
 
 def place(folder: Path, label: str, part: str) -> Path:
     """Folder of one part of one model."""
-    return folder / PARTS / label.replace("/", "__") / part
+    name = label.replace("/", "__")
+    return folder / PARTS / (name if name.strip(".") else f"__{name}") / part
 
 
 def done(folder: Path, wanted: dict[str, Any]) -> bool:
@@ -87,7 +90,10 @@ def done(folder: Path, wanted: dict[str, Any]) -> bool:
     path = folder / PART
     if not path.exists():
         return False
-    found = storage.read_json(path)["identity"]
+    found = storage.read_json(path)
+    if not isinstance(found, dict) or "identity" not in found:
+        raise ValueError(f"output: {path} is no record of a part: remove {folder}")
+    found = found["identity"]
     if found != wanted:
         listed = "; ".join(differences(found, wanted)[:3])
         raise ValueError(

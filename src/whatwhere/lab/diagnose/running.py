@@ -89,6 +89,8 @@ def device_of(settings: Settings) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
         said = str(error).splitlines()[0]
         raise ValueError(f"device: {settings.device!r} cannot be used ({said})") from error
+    if device.type == "meta":
+        raise ValueError("device: 'meta' cannot be used (it holds no numbers)")
     return device
 
 
@@ -104,7 +106,8 @@ def _prepare(subject: Subject, settings: Settings, device: torch.device, say: Sa
             f"lengths: {longest:,} is beyond the table of positions of {subject.given}, which "
             f"ends at {limit:,}"
         )
-    heads = getattr(skeleton.config, "num_attention_heads", None)
+    config = layers.text_config(skeleton)
+    heads = getattr(config, "num_attention_heads", None)
     for name, chosen, there in (
         ("layers", settings.layers, len(attention)),
         ("heads", settings.heads, heads),
@@ -114,7 +117,7 @@ def _prepare(subject: Subject, settings: Settings, device: torch.device, say: Sa
                 f"{name}: {subject.given} has {name} 0 to {there - 1}, got {max(chosen)}"
             )
     tokens = subjects.read(subject, settings)
-    size = getattr(skeleton.config, "vocab_size", None)
+    size = getattr(config, "vocab_size", None)
     if size is not None and int(tokens.max()) >= size:
         raise ValueError(
             f"text: token {int(tokens.max())} is outside the vocabulary of {subject.given}, "
@@ -150,7 +153,13 @@ def _wanted(settings: Settings) -> list[str]:
 
 def _measure(prepared: Prepared, part: str, folder: Path, say: Say) -> None:
     label, started = prepared.work.subject.label, time.monotonic()
-    frames, notes = parts.PARTS[part](prepared.work)
+    try:
+        frames, notes = parts.PARTS[part](prepared.work)
+    except torch.OutOfMemoryError as error:
+        raise storage.RunError(
+            f"memory: {label} needs more than {prepared.work.device} has ({part}): choose shorter "
+            "--lengths, a smaller --batch-size, --dtype bfloat16 or another --device"
+        ) from error
     seconds = time.monotonic() - started
     record.write(record.place(folder, label, part), prepared.identity, frames, notes, seconds)
     say(f"{label}: {part} done in {seconds:.0f} s")
