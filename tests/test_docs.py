@@ -248,6 +248,8 @@ def test_code_of_the_notebook_runs_and_its_outputs_are_whole(
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"execute_result", "stream"}
+    drawn = [c for c in cells if any("image/png" in o.get("data", {}) for o in c["outputs"])]
+    assert drawn and all(cell["metadata"].get("alt") for cell in drawn)
 
     def tiny(folder: Path) -> WhatWhereForCausalLM:
         config = WhatWhereConfig(
