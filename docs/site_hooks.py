@@ -7,6 +7,8 @@ turned to them; so the same link works in both places.
 
 from __future__ import annotations
 
+import html as markup
+import json
 import logging
 import posixpath
 import re
@@ -28,6 +30,8 @@ FETCHED = re.compile(
     r"\s(?:src|srcset|data|href)=[\"']?(?:https?:)?//[^>]*>",
     re.IGNORECASE,
 )
+NO_ALT = 'alt="No description has been provided for this image"'
+"""What nbconvert writes for every image of a notebook."""
 # A warning of any plugin counts under --strict, if it goes through MkDocs' own logger.
 log = logging.getLogger("mkdocs.hooks.whatwhere")
 
@@ -61,7 +65,10 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the links of a notebook, which comes here as HTML; MkDocs turns those of Markdown."""
+    """Turn the links of a notebook, which comes here as HTML, and describe its images.
+
+    MkDocs turns those of Markdown.
+    """
     if not page.file.src_uri.endswith(".ipynb"):
         return html
 
@@ -75,7 +82,7 @@ def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files
             return match[0]
         return match["head"] + file.url_relative_to(page.file) + match["rest"]
 
-    return HREF.sub(turned, html)
+    return _described(HREF.sub(turned, html), page.file)
 
 
 def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
@@ -84,6 +91,19 @@ def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
         if 'rel="canonical"' not in found:
             log.warning("%s fetches from another host: %s", page.file.src_uri, found[:200])
     return output
+
+
+def _described(html: str, file: File) -> str:
+    """Give each image of a notebook the ``alt`` in the metadata of the cell that made it."""
+    notebook = json.loads(Path(str(file.abs_src_path)).read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                said = cell["metadata"].get("alt", "")
+                html = html.replace(NO_ALT, f'alt="{markup.escape(said)}"', 1)
+    if NO_ALT in html or 'alt=""' in html:
+        log.warning("%s has an image without a description (alt)", file.src_uri)
+    return html
 
 
 def _from_repository(path: str, config: MkDocsConfig) -> File:

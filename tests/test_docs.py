@@ -17,9 +17,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 import whatwhere as ww
+from whatwhere.analysis import plots
 from whatwhere.lab.results import rows, store
+from whatwhere.models import WhatWhereConfig, WhatWhereForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -201,6 +205,11 @@ def test_every_public_name_is_in_the_reference() -> None:
     listed = {name for members in known.values() for name in members}
     assert set(ww.__all__) <= listed
     assert set(ww.models.__all__) <= set(known["whatwhere.models"])
+    assert set(plots.__all__) == set(known["whatwhere.analysis.plots"])
+    # A page takes a function for the module whose name it has, unless that is asked for.
+    for name in ww.analysis.__all__:
+        module = f"whatwhere.analysis.{name}"
+        assert importlib.util.find_spec(module) is None or name in known[module]
 
 
 # What can be run
@@ -211,6 +220,60 @@ def test_python_on_the_page_runs(name: str) -> None:
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S):
         exec(compile(block, f"{name}.md", "exec"), {})
+
+
+def test_python_on_the_page_of_diagnosis_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiny(_: str) -> LlamaForCausalLM:
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        config = LlamaConfig(
+            vocab_size=49152, num_hidden_layers=1, max_position_embeddings=512, **shape
+        )
+        return LlamaForCausalLM(config)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", tiny)
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "diagnose.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S):
+        exec(compile(block, "diagnose.md", "exec"), {})
+    assert (tmp_path / "geometry.pdf").stat().st_size
+
+
+def test_code_of_the_notebook_runs_and_its_outputs_are_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notebook = json.loads((DOCS / "diagnose_notebook.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"execute_result", "stream"}
+    drawn = [c for c in cells if any("image/png" in o.get("data", {}) for o in c["outputs"])]
+    assert drawn and all(cell["metadata"].get("alt") for cell in drawn)
+
+    def tiny(folder: Path) -> WhatWhereForCausalLM:
+        config = WhatWhereConfig(
+            vocab_size=256,
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            position_encoding=folder.parent.name.removesuffix("-seed0"),
+        )
+        return WhatWhereForCausalLM(config).eval()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", tiny)
+    monkeypatch.setattr(logging, "disable_progress_bar", lambda: None)
+    names: dict[str, Any] = {}
+    for cell in cells:
+        lines = [line for line in cell["source"] if not line.startswith("%")]
+        exec(compile("".join(lines), "notebook", "exec"), names)
+        shown = "".join("".join(o.get("data", {}).get("text/plain", "")) for o in cell["outputs"])
+        if "input_ids" in names:  # one text will do
+            names["input_ids"] = names["input_ids"][:1]
+        if "AttentionLayer" in shown:  # what the cell's last line gives now
+            layer = repr(names["traces"]["pope"].layers[0])
+            assert re.findall(r"(\w+)=", shown) == re.findall(r"(\w+)=", layer)
 
 
 def test_the_script_makes_the_figures_of_concepts(tmp_path: Path) -> None:

@@ -158,6 +158,17 @@ def test_rotations_in_low_precision_keep_their_frequencies() -> None:
     assert float((found - expected).abs().max()) < 2**-8 / 64
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_windows_of_stock_layers_are_known(attention: str) -> None:
+    model = unconverted("mistral", attention)
+    for seen in seen_by(model, tokens()):
+        assert seen.window == seen.layer.window == model.config.sliding_window
+    model = unconverted("gemma3_text", attention)
+    kinds = [kind == "sliding_attention" for kind in model.config.layer_types]
+    assert [seen.window is not None for seen in seen_by(model, tokens())] == kinds
+    assert any(kinds) and not all(kinds)
+
+
 def test_unknown_rotations_are_said_to_be() -> None:
     assert seen_by(unconverted("deepseek_v3"), tokens())[0].layer.feature == "unknown"
 

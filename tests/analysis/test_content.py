@@ -29,38 +29,64 @@ def rotating(q: Tensor, k: Tensor, frequencies: tuple[float, ...]) -> Seen:
     return Seen(layer, q, k, q, k, scale=1.0)
 
 
-@settings(max_examples=15, deadline=None)
+def spread(best: list[int]) -> float:
+    """Mean distance of two of them."""
+    apart = [abs(a - b) for i, a in enumerate(best) for b in best[:i]]
+    return sum(apart) / len(apart)
+
+
+@pytest.mark.parametrize("chosen", [tuple(range(12)), (0, 3, 7, 11)], ids=len)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_measures_are_their_formulas(seed: int) -> None:
+def test_measures_are_their_formulas(chosen: tuple[int, ...], seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     length, theta = 12, (0.9, 0.2, 0.01)
-    q = torch.randn(1, 2, length, 7, generator=draw, dtype=torch.float64)
-    k = torch.randn(1, 1, length, 7, generator=draw, dtype=torch.float64)
-    found = content.measure(rotating(q, k, theta), samples=length)
+    q = torch.randn(1, 4, length, 7, generator=draw, dtype=torch.float64)
+    k = torch.randn(1, 2, length, 7, generator=draw, dtype=torch.float64)
+    found = content.measure(rotating(q, k, theta), samples=len(chosen))
     assert found is not None
-    for head in range(2):
-        pairs = list(product(range(length), range(length)))
-        z = [
-            [
+    for head in range(4):
+        group = head // 2
+        z = {
+            (t, s): [
                 complex(q[0, head, t, c], q[0, head, t, c + 3])
-                * complex(k[0, 0, s, c], -k[0, 0, s, c + 3])
+                * complex(k[0, group, s, c], -k[0, group, s, c + 3])
                 for c in range(3)
             ]
-            for t, s in pairs
-        ]
-        together = sum(abs(sum(row[c] for row in z)) / len(z) for c in range(3))
-        alone = sum(sum(abs(row[c]) for row in z) / len(z) for c in range(3))
+            for t, s in product(range(length), range(length))
+        }
+        together = sum(abs(sum(row[c] for row in z.values())) / len(z) for c in range(3))
+        alone = sum(sum(abs(row[c]) for row in z.values()) / len(z) for c in range(3))
         assert abs(float(found.content_shift[0, head]) - (1 - together / alone)) < EXACT
 
         def score(row: list[complex], lag: int) -> float:
             return sum((row[c] * cmath.exp(1j * lag * theta[c])).real for c in range(3))
 
-        best = [max(range(length), key=lambda lag: score(row, lag)) for row in z]
-        apart = [abs(a - b) for i, a in enumerate(best) for b in best[:i]]
-        mean = sum(apart) / len(apart)
-        assert abs(float(found.offset_shift[0, head]) - mean) < EXACT
+        asked = [z[pair] for pair in product(chosen, chosen)]
+        best = [max(range(length), key=lambda lag: score(row, lag)) for row in asked]
+        assert abs(float(found.offset_shift[0, head]) - spread(best)) < EXACT
         norm = q[0, head, :, [0, 3]].norm(dim=-1).mean()
         assert abs(float(found.query_norm[0, head, 0] - norm)) < EXACT
+        norm = k[0, group, :, [1, 4]].norm(dim=-1).mean()
+        assert abs(float(found.key_norm[0, group, 1] - norm)) < EXACT
+
+
+def test_best_offsets_of_polar_scores_are_those_of_the_score() -> None:
+    draw, length, theta = torch.Generator().manual_seed(0), 30, (0.8, 0.3, 0.1)
+    mu = torch.rand(2, 1, 2, length, 3, generator=draw, dtype=torch.float64)
+    delta = -2 * math.pi * torch.rand(2, 3, generator=draw, dtype=torch.float64)
+    layer = AttentionLayer(0, nn.Identity(), False, 2, 2, 3)
+    layer.feature, layer.frequencies = "polar", theta
+    found = content.measure(Seen(layer, *mu, *mu, scale=1.0, phase=delta), samples=length)
+    assert found is not None and bool((found.content_shift == 0).all())
+    lags = torch.arange(length, dtype=torch.float64)
+    for head in range(2):
+        # cos((s - t) theta + delta), lag = t - s
+        cosines = torch.cos(-lags * torch.tensor(theta)[:, None] + delta[head, :, None])
+        weights = mu[0, 0, head, :, None] * mu[1, 0, head]
+        best = (weights.flatten(0, 1) @ cosines).argmax(-1).tolist()
+        assert spread(best) > 0
+        assert abs(float(found.offset_shift[0, head]) - spread(best)) < 1e-9
 
 
 def test_content_that_never_turns_shifts_nothing() -> None:
@@ -136,9 +162,23 @@ def test_learned_delta_is_the_bounded_parameter(make: str) -> None:
     assert len(found) == sum(p.numel() for p in parameters)
     row = found[(found["layer"] == 1) & (found["head"] == 2) & (found["channel"] == 3)]
     assert float(row["delta"].iloc[0]) == 0
+    assert float(row["frequency"].iloc[0]) == pytest.approx(10000 ** (-3 / 8))
     inside = found[(found["layer"] == 0) & (found["head"] == 1) & (found["channel"] == 4)]
     assert float(inside["delta"].iloc[0]) == pytest.approx(parameters[0][1, 4].item())
     assert learned_delta(own("rope")).empty
+
+
+def test_a_channel_scores_best_where_delta_says() -> None:
+    encoding = ww.PoPE(head_dim=4, num_heads=1).double()
+    with torch.no_grad():
+        encoding.delta.zero_()
+        encoding.delta[0, 1] = -1.0
+    channels = torch.full((1, 1, 100, 4), -50.0, dtype=torch.float64)
+    channels[..., 1] = 5.0  # softplus leaves this one
+    with torch.no_grad():
+        last = ww.scores(channels, channels, encoding())[0, 0, -1]
+    one_turn = last.flip(0)[:63]  # by the lag of the key
+    assert int(one_turn.argmax()) == round((2 * math.pi - 1.0) / 0.1)
 
 
 def test_a_frequency_at_which_all_heads_are_still_is_left_out() -> None:

@@ -104,6 +104,10 @@ def test_a_layers_measures_are_those_of_its_matrices() -> None:
                         share = values[..., 0] / values.sum(-1)
                         mine = found["singular_share"][stage, :, rows, at]
                         torch.testing.assert_close(mine, share, atol=EXACT, rtol=0, msg=side)
+                        mine = found["stable_rank"][stage, :, rows, at]
+                        torch.testing.assert_close(mine * share, torch.ones_like(share))
+                        mine = found["centroid_norm"][stage, :, rows, at]
+                        torch.testing.assert_close(mine, x.mean(-2).norm(dim=-1))
                         norm = x.square().sum((-1, -2)).div(n).sqrt()
                         mine = found["rms_norm"][stage, :, rows, at]
                         torch.testing.assert_close(mine, norm, atol=EXACT, rtol=0)
@@ -148,7 +152,7 @@ def test_memory_grows_with_length_and_not_with_its_square() -> None:
 def test_scatter_keeps_distances_in_its_plane() -> None:
     seen = seen_by(own("rope").double(), tokens())[0]
     found = scatter.measure(seen, 40)
-    head = 3
+    head = 2  # of key head 1
     both = torch.cat((seen.queries[0, head], seen.keys[0, head // 2])).double()
     centred = both - both.mean(0)
     values = torch.linalg.svdvals(centred).square()
@@ -157,6 +161,9 @@ def test_scatter_keeps_distances_in_its_plane() -> None:
     shown = points.square().sum() / centred.square().sum()
     assert abs(float(shown - values[:2].sum() / values.sum())) < EXACT
     torch.testing.assert_close(found.shares[1, head].sum(), shown, atol=EXACT, rtol=0)
-    # Distances to the origin's image are at most those to the origin.
-    away = (points - found.origins[1, head]).norm(dim=-1)
-    assert bool((away <= both.norm(dim=-1) + EXACT).all())
+    # Seen from the origin's image, points are the vectors' shadows on that plane.
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2].mT
+    shadows, away = both @ axes, points - found.origins[1, head]
+    torch.testing.assert_close(away @ away.mT, shadows @ shadows.mT, atol=EXACT, rtol=EXACT)
+    # Axes have no sign of their own: the queries' centroid is put on the right, and above.
+    assert bool((found.points[:, :, 0].mean(-2) >= -EXACT).all())

@@ -220,6 +220,7 @@ def test_the_model_is_left_as_it_was() -> None:
         ({"key": 0}, "key=0"),
         ({"tokens": TEXT.double()}, "dtype torch.float64: expected .* integers"),
         ({"tokens": []}, "tokens is empty"),
+        ({"tokens": torch.empty(0, dtype=torch.long)}, "tokens is empty"),
         ({"tokens": [7] * 100}, "no key of 8 tokens was found"),
     ],
 )

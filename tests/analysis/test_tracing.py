@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -10,7 +11,16 @@ import pytest
 import torch
 from observed_cases import own, tokens, unconverted
 
-from whatwhere.analysis import NotFiniteError, Trace, trace
+from whatwhere.analysis import (
+    NotFiniteError,
+    Seen,
+    Trace,
+    attention_weights,
+    centroid_cosine,
+    observed,
+    stable_rank,
+    trace,
+)
 
 LENGTHS = (10, 25, 40)
 
@@ -43,6 +53,38 @@ def test_tables_have_a_row_for_everything(family: str) -> None:
     assert found.lengths == LENGTHS and (found.texts, found.tokens) == (2, 40)
     assert found.train_length == model.config.max_position_embeddings
     assert found.scores()["queries"].head(3).tolist() == [10, 15, 15]
+
+
+def test_rows_say_of_what_they_are() -> None:
+    model, ids = unconverted("llama"), tokens(batch=1)
+    shown: list[Seen] = []
+    found = trace(model, ids, LENGTHS)
+    with torch.no_grad(), observed(model, shown.append):
+        model(ids, use_cache=False)
+    one = shown[1]
+    clouds = {
+        ("query", "before"): one.queries_before,
+        ("query", "after"): one.queries,
+        ("key", "before"): one.keys_before,
+        ("key", "after"): one.keys,
+    }
+    table = found.geometry().set_index(["layer", "side", "stage", "head", "length"])
+    for (side, stage), cloud in clouds.items():
+        for head in range(cloud.shape[1]):
+            for n in LENGTHS:
+                rank = float(stable_rank(cloud[0, head, :n]))
+                assert table["stable_rank"][1, side, stage, head, n] == pytest.approx(rank)
+    pairs = found.clusters().set_index(["layer", "stage", "head", "length"])
+    for stage in ("before", "after"):
+        keys, queries = clouds["key", stage], clouds["query", stage]
+        for head, n in product(range(4), LENGTHS):
+            cosine = centroid_cosine(keys[0, head // 2, :n], queries[0, head, :n])
+            assert pairs["centroid_cosine"][1, stage, head, n] == pytest.approx(float(cosine))
+    scored = found.scores().set_index(["layer", "head", "length"])
+    weights = attention_weights(model, ids)[1][0]
+    for head in range(4):
+        mean = float(weights[head, LENGTHS[0] : LENGTHS[1], 0].mean())
+        assert scored["sink_mass"][1, head, LENGTHS[1]] == pytest.approx(mean)
 
 
 def test_points_are_put_to_the_first_length_that_holds_them() -> None:
@@ -97,6 +139,13 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert steps == [1, 2, 3, 4]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_in_training_is_traced_without_dropout() -> None:
+    model, ids = own("pope", dropout=0.5), tokens()
+    expected = trace(model, ids).geometry()
+    pd.testing.assert_frame_equal(trace(model.train(), ids).geometry(), expected)
+    assert model.training
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ DELTA = ("layer", "head", "channel", "frequency", "delta")
 def learned_delta(model: nn.Module) -> pd.DataFrame:
     """The bounded ``delta`` of every layer, head and frequency (arXiv 2509.10534, section 3).
 
-    ``delta`` is in ``[-2 pi, 0]`` radians; a key's score is largest ``-delta / theta`` positions
-    before the query.
+    ``delta`` is in ``[-2 pi, 0]`` radians. Since the score has ``cos((s - t) theta + delta)``, a
+    channel's is largest for keys ``(2 pi + delta) / theta`` positions before the query, and every
+    whole turn ``2 pi / theta`` further back; for ``delta = 0`` at the query itself as well.
 
     Args:
         model: Of `whatwhere.models`, or converted.

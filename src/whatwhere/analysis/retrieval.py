@@ -31,6 +31,9 @@ class Item:
         answer: Token ids of the one right continuation.
         length: The length that it stands for, of prompt and answer.
         depth: Where the answer is hidden, 0 at the beginning and 1 at the end.
+
+    Raises:
+        ValueError: If prompt or answer is empty, or the depth outside [0, 1].
     """
 
     prompt: tuple[int, ...]
@@ -188,6 +191,9 @@ def without_copy(items: Sequence[Item], key: int = 8, value: int = 8) -> list[It
         items: Made by `copy_items`.
         key: As there.
         value: As there.
+
+    Raises:
+        ValueError: If an item has no copy of that key and value.
     """
     made = []
     for item in items:
@@ -211,6 +217,9 @@ def copy_chance(tokens: Sequence[int] | Tensor, value: int = 8) -> tuple[float, 
     Args:
         tokens: As for `copy_items`.
         value: Tokens of the value.
+
+    Raises:
+        ValueError: If there are no tokens, or ``value`` is no positive integer.
     """
     text = _as_list(tokens)
     share = Counter(text).most_common(1)[0][1] / len(text)
@@ -263,7 +272,7 @@ def _as_list(tokens: Sequence[int] | Tensor) -> list[int]:
                 f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected (N,) "
                 "integers"
             )
-        return cast("list[int]", tokens.tolist())
+        tokens = cast("list[int]", tokens.tolist())
     if not len(tokens):
         raise ValueError("tokens is empty")
     return [int(token) for token in tokens]

@@ -1,13 +1,14 @@
 """The public names of PoPE-pytorch 0.2.1 over our attention.
 
->>> from whatwhere.compat.pope_pytorch import PoPE, flash_attn_with_pope
->>> pope = PoPE(64, heads=8)
->>> q = k = v = torch.randn(2, 8, 16, 64)
->>> flash_attn_with_pope(q, k, v, pos_emb=pope(16), causal=True).shape
-torch.Size([2, 8, 16, 64])
-
 Signatures, layouts, head grouping and state dicts are theirs; docs/compat.md lists where results
 differ and why.
+
+Examples:
+    >>> from whatwhere.compat.pope_pytorch import PoPE, flash_attn_with_pope
+    >>> pope = PoPE(64, heads=8)
+    >>> q = k = v = torch.randn(2, 8, 16, 64)
+    >>> flash_attn_with_pope(q, k, v, pos_emb=pope(16), causal=True).shape
+    torch.Size([2, 8, 16, 64])
 """
 
 from whatwhere.compat.pope_pytorch.attend import compute_attn_similarity, flash_attn_with_pope

@@ -1,8 +1,9 @@
 """Experiments by name: one typed config for each table row of the papers.
 
->>> from whatwhere.lab import recipes
->>> recipes.get("text", "quick").training.steps
-1000
+Examples:
+    >>> from whatwhere.lab import recipes
+    >>> recipes.get("text", "quick").training.steps
+    1000
 """
 
 from __future__ import annotations

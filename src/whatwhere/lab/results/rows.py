@@ -19,10 +19,11 @@ FIXED = ("date", "commit", "device", "torch")
 def anchor(*parts: object) -> str:
     """The anchor of a row, from what it is known by.
 
-    >>> anchor("books", "quick", "pope", "loss", 2560)
-    'books-quick-pope-loss-2560'
-    >>> anchor("attention", "4x8x1024x64", 1, "forward+backward", "pope cpu")
-    'attention-4x8x1024x64-1-forward-backward-pope-cpu'
+    Examples:
+        >>> anchor("books", "quick", "pope", "loss", 2560)
+        'books-quick-pope-loss-2560'
+        >>> anchor("attention", "4x8x1024x64", 1, "forward+backward", "pope cpu")
+        'attention-4x8x1024x64-1-forward-backward-pope-cpu'
     """
     words = [re.sub(r"[^a-z0-9_.]+", "-", str(part).lower()).strip("-") for part in parts]
     return "-".join(words)
