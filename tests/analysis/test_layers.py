@@ -109,3 +109,19 @@ def test_weights_that_are_elsewhere_stay_there() -> None:
 def test_lengths_that_are_none_are_one_clear_line(lengths: Any) -> None:
     with pytest.raises(ValueError, match="lengths"):
         trace(unconverted("llama"), tokens(), lengths)
+
+
+def test_keys_that_are_repeated_after_their_rotation_are_no_error() -> None:
+    config = CONFIG_MAPPING["jetmoe"](
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        kv_channels=8,
+        intermediate_size=48,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+    )
+    found = trace(AutoModelForCausalLM.from_config(config).eval(), tokens())
+    assert found.layers[0].feature == "unknown"
+    assert found.what_where()["content_shift"].isna().all()

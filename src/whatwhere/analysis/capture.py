@@ -150,6 +150,8 @@ class _Observer:
             return _encoded(layer, query, key, *before, call.spec, spec, call.layout)
         if not layer.heads and self.turns:
             _read(layer, self.turns[0], query)
+            if before[1] is key:  # what turned it was not seen
+                layer.feature = "unknown"
         _measure(layer, query, key)
         scale = kwargs.get("scaling")
         causal = kwargs.get("is_causal")
@@ -328,6 +330,8 @@ def _measure(layer: AttentionLayer, query: Tensor, key: Tensor) -> None:
 def _offset(out: Tensor, whole: Tensor) -> int | None:
     """Where in a head the rotated channels stand, ``None`` if nowhere as they left it."""
     width, total = out.shape[-1], whole.shape[-1]
+    if out.shape[1] not in (1, whole.shape[1]):  # repeated since
+        return None
     if width == total:
         return 0
     for start in (0, total - width):
