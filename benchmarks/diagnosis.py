@@ -89,7 +89,7 @@ def _error(seen: Seen, scores: Any, clouds: Any) -> float:
     q, k = seen.queries[0].double(), seen.keys[0].double()
     hidden = torch.ones(512, 512, dtype=torch.bool).triu(1)
     whole = (q @ k.mT * seen.scale).masked_fill(hidden, -torch.inf)
-    rows = scores[scores["layer"] == seen.layer.index]
+    rows = scores[(scores["layer"] == seen.layer.index) & (scores["stage"] == "after")]
     sink = whole.softmax(-1)[..., 0].mean(-1)
     values = torch.linalg.svdvals(k).square()
     mine = clouds[

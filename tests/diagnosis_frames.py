@@ -92,8 +92,10 @@ def scores(
         for head in range(heads):
             for before, n in zip((0, *lengths), lengths, strict=False):
                 mass = max(0.0, 0.54 + 0.02 * layer - loss * beyond(n))
-                rows.append((layer, head, n, n - before, mass, 2 + beyond(n), 0.1 * beyond(n)))
-    columns = ["layer", "head", "length", "queries", "sink_mass", "largest_score"]
+                after = (n - before, mass, 2 + beyond(n), 0.1 * beyond(n))
+                rows.append((layer, head, "before", n, n - before, 0.9, 1.0, 0.5))
+                rows.append((layer, head, "after", n, *after))
+    columns = ["layer", "head", "stage", "length", "queries", "sink_mass", "largest_score"]
     return pd.DataFrame(rows, columns=[*columns, "positive_share"])
 
 

@@ -113,14 +113,26 @@ def test_statistics_are_those_of_the_whole_matrix(name: str) -> None:
     for measure, values in rows.items():
         for index, (i, j) in enumerate(zip((0, *LENGTHS), LENGTHS, strict=False)):
             mean = values[..., i:j].nanmean(-1)
-            mine = found[measure][..., index]
+            mine = found[measure][1, ..., index]
             torch.testing.assert_close(mine, mean, atol=1e-12, rtol=0, equal_nan=True)
+
+
+def test_scores_before_the_encoding_are_of_what_is_there_then() -> None:
+    after = replace(plain(), slopes=torch.ones(4), bias=random(1, 4, LENGTH, LENGTH), window=20)
+    q, k = random(2, 4, LENGTH, 3), random(2, 2, LENGTH, 3)
+    seen = replace(after, queries_before=q, keys_before=k)
+    found = scores.measure(seen, LENGTHS)
+    expected = scores.measure(replace(plain(), queries=q, keys=k, window=20), LENGTHS)
+    wanted = scores.measure(after, LENGTHS)
+    for name in scores.NAMES:
+        torch.testing.assert_close(found[name][0], expected[name][1], equal_nan=True)
+        torch.testing.assert_close(found[name][1], wanted[name][1], equal_nan=True)
 
 
 def test_a_window_beyond_the_sink_says_so() -> None:
     found = scores.measure(replace(plain(), window=4), LENGTHS)
-    assert bool(found["sink_mass"][..., 0].isfinite().all())
-    assert bool(found["sink_mass"][..., 1:].isnan().all())
+    assert bool(found["sink_mass"][:, ..., 0].isfinite().all())
+    assert bool(found["sink_mass"][:, ..., 1:].isnan().all())
 
 
 def test_single_precision_is_within_the_budget() -> None:
@@ -139,5 +151,5 @@ def test_low_precision_models_are_measured_in_float64() -> None:
     assert seen.queries.dtype == torch.bfloat16
     wide = replace(seen, queries=seen.queries.double(), keys=seen.keys.double())
     _, weights = full(wide)
-    mine = scores.measure(seen, (LENGTH,))["sink_mass"][..., 0]
+    mine = scores.measure(seen, (LENGTH,))["sink_mass"][1, ..., 0]
     torch.testing.assert_close(mine, weights[..., 0].mean(-1), atol=1e-12, rtol=0)

@@ -39,7 +39,7 @@ def test_tables_have_a_row_for_everything(family: str) -> None:
     expected = {
         "geometry": layers * (heads + groups) * 2 * 3,
         "clusters": layers * heads * 2 * 3,
-        "scores": layers * heads * 3,
+        "scores": layers * heads * 2 * 3,
         "frequency_usage": layers * (heads + groups) * channels,
         "what_where": layers * heads,
         "points": layers * heads * 2 * (2 * 5 + 1),
@@ -80,11 +80,11 @@ def test_rows_say_of_what_they_are() -> None:
         for head, n in product(range(4), LENGTHS):
             cosine = centroid_cosine(keys[0, head // 2, :n], queries[0, head, :n])
             assert pairs["centroid_cosine"][1, stage, head, n] == pytest.approx(float(cosine))
-    scored = found.scores().set_index(["layer", "head", "length"])
+    scored = found.scores().set_index(["layer", "stage", "head", "length"])
     weights = attention_weights(model, ids)[1][0]
     for head in range(4):
         mean = float(weights[head, LENGTHS[0] : LENGTHS[1], 0].mean())
-        assert scored["sink_mass"][1, head, LENGTHS[1]] == pytest.approx(mean)
+        assert scored["sink_mass"][1, "after", head, LENGTHS[1]] == pytest.approx(mean)
 
 
 def test_points_are_put_to_the_first_length_that_holds_them() -> None:

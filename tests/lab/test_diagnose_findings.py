@@ -101,7 +101,7 @@ def test_what_is_no_cluster_cannot_meet_and_what_is_no_sink_cannot_fail() -> Non
 
 
 def test_the_head_that_changes_most_is_named() -> None:
-    frame = made.scores(0.1)
+    frame = made.scores(0.1).query("stage == 'after'")
     place = (frame["layer"] == 2) & (frame["head"] == 1) & (frame["length"] == 1024)
     frame.loc[place, "sink_mass"] = 0.0
     moved = change(frame, "sink_mass", (128, 1024))

@@ -71,13 +71,11 @@ def pairs(
 def scores(
     layers: Sequence[AttentionLayer], lengths: Sequence[int], values: Sequence[dict[str, Tensor]]
 ) -> pd.DataFrame:
-    """Of arrays ``(H, N)`` for each layer."""
+    """Of arrays ``(stage, H, N)`` for each layer, with the number of queries in each bin."""
+    found = pairs(layers, lengths, values)
     queries = dict(zip(lengths, np.diff([0, *lengths]), strict=True))
-    parts = []
-    for layer, arrays in zip(layers, values, strict=True):
-        part = table({"head": range(layer.heads), "length": lengths}, arrays)
-        parts.append(part.assign(layer=layer.index, queries=part["length"].map(queries)))
-    return joined(parts, ("layer", "head", "length", "queries", *values[0]))
+    found.insert(4, "queries", found["length"].map(queries))
+    return found
 
 
 def usage(layer: AttentionLayer, query: Tensor, key: Tensor) -> pd.DataFrame:

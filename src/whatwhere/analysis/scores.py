@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,7 +85,8 @@ def measure(
     For each query: the weight that its softmax gives the first token of the text (the sink of
     arXiv 2603.18017), its largest score, and the share of positive ones among the scores of keys
     that it sees; here their means over the queries at positions from the length before (0 at
-    first) up to each length.
+    first) up to each length. Before the encoding a score is the scaled inner product of what is
+    there then: of raw channels or magnitudes, without a turn, a slope or a bias.
 
     Args:
         seen: What the layer computes its scores from.
@@ -93,9 +94,21 @@ def measure(
         dtype: In which scores are computed; float64 on a CPU and float32 elsewhere by default.
 
     Returns:
-        By name of `NAMES`, ``(B, H, N)`` float64 on the CPU. The sink's mass is NaN where no
-        query of a bin sees the first token (a sliding window).
+        By name of `NAMES`, ``(stage, B, H, N)`` float64 on the CPU; stage 0 is before the encoding
+        and 1 after it. The sink's mass is NaN where no query of a bin sees the first token (a
+        sliding window).
     """
+    after = _measure(seen, lengths, dtype)
+    if seen.queries is seen.queries_before and seen.slopes is None and seen.bias is None:
+        before = after  # nothing is encoded in this layer
+    else:
+        queries, keys = seen.queries_before, seen.keys_before
+        plain = replace(seen, queries=queries, keys=keys, slopes=None, bias=None)
+        before = _measure(plain, lengths, dtype)
+    return {name: torch.stack((before[name], after[name])) for name in NAMES}
+
+
+def _measure(seen: Seen, lengths: Sequence[int], dtype: torch.dtype | None) -> dict[str, Tensor]:
     batch, heads, length = seen.queries.shape[:3]
     shape = (batch, heads, length)
     by_row = {

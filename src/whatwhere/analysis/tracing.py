@@ -81,12 +81,12 @@ class Trace:
     def scores(self) -> pd.DataFrame:
         """Sink mass, largest score, share of positive scores: `scores.measure`.
 
-        Columns: layer, head, length, queries (how many, by text), sink_mass, largest_score,
+        Columns: layer, head, stage, length, queries (how many, by text), sink_mass, largest_score,
         positive_share; over queries at positions from the length before up to ``length``.
         """
         means = [
             {
-                name: torch.cat([part.scores[name] for part in parts]).nanmean(0)
+                name: torch.cat([part.scores[name] for part in parts], dim=1).nanmean(1)
                 for name in scores.NAMES
             }
             for parts in self.measured

@@ -79,7 +79,7 @@ def geometry(
     Args:
         geometry: Columns layer, head, side, stage, length, stable_rank, singular_share.
         clusters: Columns layer, head, stage, length, silhouette, centroid_cosine.
-        scores: Columns layer, head, length, sink_mass, largest_score, positive_share.
+        scores: Columns layer, head, stage, length, sink_mass, largest_score, positive_share.
         train_length: Marked by a vertical line.
         narrow: For a telephone.
         title: In place of the default one.

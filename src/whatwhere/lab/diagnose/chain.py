@@ -75,7 +75,7 @@ def links(found: Measured) -> Links | None:
         change(geometry, "stable_rank", span, side="key", stage="after"),
         change(geometry, "stable_rank", span, side="key", stage="before"),
         change(clusters, "silhouette", span, stage="after"),
-        change(scores, "sink_mass", span),
+        change(scores, "sink_mass", span, stage="after"),
     )
 
 

@@ -116,7 +116,7 @@ def _by_head(models: Sequence[Measured]) -> list[Drawing]:
     if sinks.empty:
         return []
     longest = int(sinks["length"].max())
-    sinks = sinks[sinks["length"] == longest]
+    sinks = sinks[(sinks["length"] == longest) & (sinks["stage"] == "after")]
     made = [
         Drawing(
             "chain",

@@ -117,7 +117,7 @@ def _row(one: Measured, styling: Mapping[str, Style], several: bool) -> Row:
     cells.append(_two(loss, "loss", span, 3))
     cells.append(_two(_rows(one, "geometry", side="key", stage="after"), "stable_rank", span))
     cells.append(_two(_rows(one, "clusters", stage="after"), "silhouette", span))
-    scores = one.table("scores")
+    scores = _rows(one, "scores", stage="after")
     percents = None if scores is None else scores.assign(sink_mass=100 * scores["sink_mass"])
     cells.append(_two(percents, "sink_mass", span, 0))
     shift = one.table("what_where")
