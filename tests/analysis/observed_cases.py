@@ -50,6 +50,8 @@ OTHERS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "moe_intermediate_size": 16,
     },
+    # Normalises queries and keys after it has turned them.
+    "hunyuan_v1_dense": {"num_key_value_heads": 2, "head_dim": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }

@@ -169,8 +169,10 @@ def test_windows_of_stock_layers_are_known(attention: str) -> None:
     assert any(kinds) and not all(kinds)
 
 
-def test_unknown_rotations_are_said_to_be() -> None:
-    assert seen_by(unconverted("deepseek_v3"), tokens())[0].layer.feature == "unknown"
+@pytest.mark.parametrize("family", ["deepseek_v3", "hunyuan_v1_dense"])
+def test_unknown_rotations_are_said_to_be(family: str) -> None:
+    seen = seen_by(unconverted(family), tokens())[0]
+    assert seen.layer.feature == "unknown"
 
 
 def test_layers_that_turn_nothing_are_seen_as_such() -> None:

@@ -332,11 +332,10 @@ def _offset(out: Tensor, whole: Tensor) -> int | None:
     width, total = out.shape[-1], whole.shape[-1]
     if out.shape[1] not in (1, whole.shape[1]):  # repeated since
         return None
-    if width == total:
-        return 0
     for start in (0, total - width):
         part = whole[..., start : start + width]
-        if out.shape[-2] == part.shape[-2] and torch.equal(out.expand_as(part), part):
+        fits = out.shape[-2] == part.shape[-2]
+        if fits and torch.equal(out.to(part.dtype).expand_as(part), part):
             return start
     return None
 
