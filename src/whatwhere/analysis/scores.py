@@ -40,14 +40,23 @@ class Block:
 
     def weights(self) -> Tensor:
         """Attention weights ``(heads, rows, columns)``, in place of the scores."""
+        parts, total = self._parts()
+        return parts.div_(total)
+
+    def first_weights(self) -> Tensor:
+        """The weights of the first column alone, ``(heads, rows)``; the scores are lost."""
+        parts, total = self._parts()
+        return parts[..., 0] / total[..., 0]
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
         top = self.scores.amax(-1, keepdim=True)
         if self.sinks is None:
             parts = self.scores.sub_(top).exp_()
-            return parts.div_(parts.sum(-1, keepdim=True))
+            return parts, parts.sum(-1, keepdim=True)
         beside = self.sinks.unsqueeze(-1)
         top = torch.maximum(top, beside)
         parts = self.scores.sub_(top).exp_()
-        return parts.div_(parts.sum(-1, keepdim=True) + (beside - top).exp())
+        return parts, parts.sum(-1, keepdim=True) + (beside - top).exp()
 
 
 def blocks(
@@ -122,7 +131,7 @@ def _measure(seen: Seen, lengths: Sequence[int], dtype: torch.dtype | None) -> d
         by_row["positive_share"][at] = positive / block.counts.double()
         if block.columns.start == 0:
             first = block.scores[..., 0] != -torch.inf
-            sink = block.weights()[..., 0].double()
+            sink = block.first_weights().double()
             by_row["sink_mass"][at] = sink.masked_fill(~first, torch.nan)
     bins = list(zip((0, *lengths), lengths, strict=False))
     return {
