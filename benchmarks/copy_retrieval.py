@@ -1,6 +1,6 @@
 """What small models retrieve by depth and length: models that were trained to copy.
 
-    python benchmarks/copy_retrieval.py --output runs/copy      # writes docs/copy_retrieval.csv
+    python benchmarks/copy_retrieval.py --output runs/copy   # docs/copy_retrieval.{csv,png,svg}
 
 Decoders of two layers read 128 tokens drawn uniformly from 64. In half of the sequences the second
 half says the first again, from a random place on and round; in the others a run of 32 stands
@@ -21,8 +21,10 @@ import tyro
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from whatwhere.analysis import plots
 from whatwhere.analysis.retrieval import copy_items, retrieval, without_copy
 from whatwhere.lab import storage
+from whatwhere.lab.report.canvas import save
 from whatwhere.models import WhatWhereConfig, WhatWhereForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +119,14 @@ def main(settings: Settings) -> None:
         print(f"\n{name}\n{wide.round(2).to_string()}", flush=True)
     made = pd.concat(tables).round(4)
     storage.write_text(settings.table, made.to_csv(index=False, lineterminator="\n"))
+    draw(made, settings.table.with_suffix(""))
+
+
+def draw(made: pd.DataFrame, path_stem: Path) -> None:
+    """The heat map of right tokens, as PNG and SVG."""
+    frames = {str(name): frame for name, frame in made.groupby("encoding", sort=False)}
+    title = "Tokens of a copied span that are right, by length and depth"
+    save(plots.retrieval(frames, LENGTH, column="token_accuracy", title=title), path_stem)
 
 
 if __name__ == "__main__":
