@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report_page import BROWSER, VIEWPORTS, beyond_the_edge
+from test_report_page import VIEWPORTS, beyond_the_edge
 
 import diagnosis_frames as made
 from whatwhere.lab.diagnose.measured import Measured
 from whatwhere.lab.diagnose.page import build
 from whatwhere.lab.diagnose.settings import Settings
-
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome installed")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
